@@ -178,8 +178,8 @@ def parse_args(doc, file, add_args, argv=None):
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     args = parser.parse_args(words)
     own = {action.dest: action for action in parser._actions if action.dest not in shared | {"method"}}
-    changed = [key + ("" if action.nargs == 0 else format_value(getattr(args, key)))
-               for key, action in own.items() if getattr(args, key) != action.default]
+    changed = [key if action.nargs == 0 else value if action.choices else key + value for key, action in own.items()
+               if getattr(args, key) != action.default and (value := format_value(getattr(args, key))) is not None]
     args.name = args.name or "-".join([args.method, *changed])
     if not re.fullmatch(r"[\w.-]+", args.name):
         fail(f"--name {args.name!r}: use letters, digits, '.', '_' and '-' only")
@@ -377,6 +377,7 @@ def model_folder(run):
 def load_tokenizer(run):
     """The model's (tokenizer, config), from a folder, the cache or the hub."""
     import transformers
+    transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(model_folder(run))
@@ -747,6 +748,11 @@ def autocast(run):
     return torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.precision == "bf16")
 
 
+def compute_dtype(x):
+    """The dtype that products with x are computed in: autocast's inside autocast, else x's own."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
 @contextlib.contextmanager
 def room(run):
     """Turn running out of memory into one line that names what makes a run smaller."""
@@ -797,8 +803,8 @@ def train(model, data, run, method):
     per_epoch = math.ceil(len(lengths) / size)
     total = run.max_steps or run.epochs * per_epoch
     every = max(1, total // 50)
-    after_step(0, total, 0.0)
     resume(run, model, optimizer, history)
+    after_step(history.step, total, 0.0)
     window = []  # (step, lr, loss) since the last look; looking at each loss at once would make a GPU wait
     bar = tqdm(total=total, initial=history.step, desc=f"{run.name} seed {run.seed}", leave=False,
                disable=None if rank() == 0 else True)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    adapter_args, evaluate, load_adapter, load_base, load_data, measure, parse_args, replace, runs, save_result, share,
-    train, weight_of,
+    adapter_args, compute_dtype, evaluate, load_adapter, load_base, load_data, measure, parse_args, replace, runs, save_result,
+    share, train, weight_of,
 )
 
 
@@ -46,15 +46,14 @@ class HadamardLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cuda")
     def forward(ctx, x, weight, bias, A, B):
+        x = x.to(compute_dtype(x))
         ctx.save_for_backward(x, weight, A, B)
         return F.linear(x, high_rank_weight(weight, A, B), bias)
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cuda")
     def backward(ctx, grad):
-        x, weight, A, B = ctx.saved_tensors
+        x, (weight, A, B) = ctx.saved_tensors[0], (tensor.to(grad.dtype) for tensor in ctx.saved_tensors[1:])
         dx = grad @ high_rank_weight(weight, A, B) if ctx.needs_input_grad[0] else None
         M = (grad.flatten(0, -2).T @ x.flatten(0, -2)).mul_(weight)
         return dx, None, None, B.T @ M, M @ A.T

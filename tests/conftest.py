@@ -1,0 +1,137 @@
+"""What the tests share: tiny models of each architecture made on the spot, tiny data folders, no network.
+
+With CI set, a missing oracle package (peft, bitsandbytes) fails the tests that need it; otherwise they are skipped.
+"""
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+WORDS = ("the a film movie story plot acting scene is was not never good bad great awful dull fine bright weak strong and but "
+         "with of in to it this that very so too no yes one two cat dog sat mat").split()
+BLOCKS = {"distilbert": ["q_lin", "v_lin"], "bert": ["query", "value"], "roberta": ["query", "value"], "gpt2": ["c_attn"],
+          "llama": ["q_proj", "v_proj"], "qwen2": ["q_proj", "v_proj"]}
+
+
+def oracle(name):
+    """Import an oracle package; where it is missing, skip the test, or fail it under CI."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"{name} is not installed")
+
+
+def tiny_config(kind, **changes):
+    """A config of `kind` with two layers of width 32, vocabulary of the tiny tokenizer, and no dropout."""
+    from transformers import AutoConfig
+    size = len(WORDS) + 5
+    encoder = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "intermediate_size": 64, "max_position_embeddings": 66, "pad_token_id": 0,
+               "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    decoder = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0,
+               "bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": True}
+    options = {
+        "distilbert": {"vocab_size": size, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64,
+                       "max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
+        "bert": encoder, "roberta": encoder | {"type_vocab_size": 1},
+        "gpt2": {"vocab_size": size, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
+                 "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None},
+        "llama": decoder, "qwen2": decoder}[kind]
+    return AutoConfig.for_model(kind, **(options | changes))
+
+
+def tiny_tokenizer(kind):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    if kind in ("distilbert", "bert", "roberta"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+        names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    if kind == "gpt2":  # as GPT-2: one special token for everything, and no padding token
+        names = {"unk_token": "[UNK]", "eos_token": "[UNK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **names)
+
+
+def make_model(folder, kind, head="", **changes):
+    """Write a tiny checkpoint: head "" (body only), "MaskedLM", "CausalLM" or "SequenceClassification"."""
+    import transformers
+    torch.manual_seed(1)
+    auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
+    model = auto.from_config(tiny_config(kind, **changes))
+    with torch.no_grad():  # away from the tiny default initialisation, where everything is near zero
+        for tensor in model.parameters():
+            if tensor.ndim > 1:
+                tensor.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    tiny_tokenizer(kind).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """models(kind, head="", **changes) -> folder of a tiny checkpoint, made once a session."""
+    made = {}
+
+    def get(kind, head="", **changes):
+        key = (kind, head, *sorted(changes.items()))
+        if key not in made:
+            made[key] = make_model(tmp_path_factory.mktemp(f"tiny-{kind}"), kind, head, **changes)
+        return made[key]
+    return get
+
+
+def sentences(n, seed):
+    """n short texts with labels 0 and 1: label 1 where "good" words outnumber "bad" ones."""
+    draw = torch.Generator().manual_seed(seed)
+    texts, labels = [], []
+    for i in range(n):
+        words = [WORDS[j] for j in torch.randint(len(WORDS), (int(torch.randint(3, 20, (1,), generator=draw)),), generator=draw)]
+        words[int(torch.randint(len(words), (1,), generator=draw))] = "great" if i % 2 else "awful"
+        texts.append(" ".join(words))
+        labels.append(i % 2)
+    return texts, labels
+
+
+def write_rows(folder, name, columns):
+    import datasets
+    datasets.disable_progress_bars()
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns).to_parquet(str(folder / f"{name}.parquet"))
+
+
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory):
+    """A folder data set: 120 training rows, 45 test rows, two classes."""
+    folder = tmp_path_factory.mktemp("data") / "reviews"
+    for name, n, seed in (("train", 120, 0), ("test", 45, 1)):
+        texts, labels = sentences(n, seed)
+        write_rows(folder, name, {"text": texts, "label": labels})
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory):
+    """A --data_dir whose wikitext2 holds a little text with `<unk>` and empty lines in it."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, n, seed in (("train", 60, 2), ("validation", 20, 3), ("test", 25, 4)):
+        lines = [text.replace("cat", "<unk>") for text in sentences(n, seed)[0]]
+        write_rows(folder / "wikitext2", name, {"text": [*lines, "", " "]})
+    return str(folder)
