@@ -628,8 +628,9 @@ def load_base(run, data):
                 if tensor.ndim > 1 and not tensor.requires_grad:
                     tensor.data = tensor.bfloat16()
         if run.checkpointing:
-            model.train()
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if not data.decoder and torch.device(run.device).type == "cpu":
+        quicken(model)
     if data.task != "classification":
         def keep_scored(module, inputs, output):  # logits of unscored rows would be most of the memory: 500 MB a batch
             output.last_hidden_state = output.last_hidden_state[model.rows[1]][None]  # (1, scored, hidden)
@@ -705,6 +706,58 @@ def plain(model, merged, dtype):
     finally:
         for path, module in stand_ins.items():
             model.set_submodule(path, module)
+
+
+# ------------------------------------------------------------------------------------------- dropout on a CPU
+
+
+class QuickDropout(torch.autograd.Function):
+    """Dropout by 16 random bits an entry, four entries a draw. On a CPU torch draws a number per entry, which takes longer
+    than the linear layers around it. The share kept is p rounded to 1/65,536, and the scale is that share's inverse."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        dropped = round(p * 65536)
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        ctx.kept = (bits[:x.numel()] >= dropped - 32768).view(x.shape)
+        ctx.scale = 65536 / (65536 - dropped)
+        return torch.ops.aten.native_dropout_backward(x, ctx.kept, ctx.scale)  # x·kept·scale in one pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.ops.aten.native_dropout_backward(grad, ctx.kept, ctx.scale), None
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return QuickDropout.apply(x, self.p) if self.training and self.p and x.device.type == "cpu" else super().forward(x)
+
+
+def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **options):
+    """Attention over heads (B, heads, L, width) -> (B, L, heads, width); with quick dropout where an encoder trains on a CPU.
+
+    Everything else goes to torch's fused kernels, the libraries' default.
+    """
+    if not dropout or query.device.type != "cpu" or mask is None and getattr(module, "is_causal", False):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
+    scores = query * (scaling or query.shape[-1] ** -0.5) @ key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return (QuickDropout.apply(scores.softmax(-1), dropout) @ value).transpose(1, 2).contiguous(), None
+
+
+def quicken(model):
+    """Give an encoder's own dropout layers and attention the quick random numbers; the distribution stays the same."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Dropout:
+            model.set_submodule(name, Dropout(module.p))
+    AttentionInterface.register("quick", attention)
+    AttentionMaskInterface.register("quick", sdpa_mask)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("quick")
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -977,6 +1030,11 @@ def checkpoint_path(run):
     return run.path.with_suffix(".checkpoint")
 
 
+def identity(run):
+    """What a checkpoint must share with the run that continues it."""
+    return json.dumps([run.settings, run.seed, run.model_sha256, world()])
+
+
 def changing(model):
     """What a run changes: trained tensors, and buffers (a method's masks); the frozen base is not among them."""
     frozen = {name for name, tensor in model.named_parameters(remove_duplicate=False) if not tensor.requires_grad}
@@ -990,7 +1048,7 @@ def save_checkpoint(run, model, optimizer, history):
         kept = {key: value for key, value in vars(history).items() if key not in ("before", "memory")}
         kept["memory"] = {"gradients": history.memory["gradients"]}
         unfinished = checkpoint_path(run).with_suffix(".tmp")
-        torch.save({"settings": json.dumps(run.settings), "base": run.model_sha256, "model": changing(model),
+        torch.save({"run": identity(run), "model": changing(model),
                     "optimizer": optimizer.state_dict(), "history": kept}, unfinished)
         unfinished.replace(checkpoint_path(run))
 
@@ -1001,7 +1059,7 @@ def resume(run, model, optimizer, history):
     if rank() == 0 and path.exists():
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            if saved["settings"] != json.dumps(run.settings) or saved["base"] != run.model_sha256:
+            if saved["run"] != identity(run):
                 raise ValueError("it is of other settings")
         except Exception as error:  # torn files fail in many ways
             say(f"{path}: not usable ({first_line(error)}); starting afresh")
@@ -1036,9 +1094,9 @@ def evaluate(model, data, run):
         if adapters(model):
             with plain(model, True, torch.bfloat16 if run.precision == "bf16" else torch.float32):
                 metrics["merged"] = {key: value for key, value in score(model, data, run).items() if key != "correct"}
-    main = next(key for key in metrics if key.endswith("perplexity") or key == "accuracy")
-    parts = [f"{key.replace('_', ' ')} {metrics[key]:.4f}" for key in (main, "f1", "loss") if key in metrics]
-    merged = f" · merged {metrics['merged'][main]:.4f}" if "merged" in metrics else ""
+    first = next(key for key in metrics if key.endswith("perplexity") or key == "accuracy")
+    parts = [f"{key.replace('_', ' ')} {metrics[key]:.4f}" for key in (first, "f1", "loss") if key in metrics]
+    merged = f" · merged {metrics['merged'][first]:.4f}" if "merged" in metrics else ""
     say(f"seed {run.seed}: {' · '.join(parts)}{merged}, on {len(data.scored.rows):,} "
         f"{'rows' if data.classes else 'blocks'} of {'dev' if run.split == 'dev' else data.eval_split}")
     return metrics
@@ -1321,7 +1379,7 @@ def save_result(model, data, run, method, history, metrics, costs):
     """Write the adapter and, last and by rename, the result file, so that a result file means a finished run."""
     if rank() != 0:
         return run.path
-    info = method.get("info", dict)()
+    info = {"targets": getattr(run, "targets", None)} | method.get("info", dict)()
     costs["parameters"] |= {"sparsity": info.pop("sparsity")} if "sparsity" in info else {}
     metrics = dict(metrics)
     correct = metrics.pop("correct", None)

@@ -1,0 +1,216 @@
+"""Our training loop against PEFT with transformers' Trainer, the same work on both sides, and what each of our choices gives.
+
+    python tests/bench_peers.py --model models/all-MiniLM-L6-v2                # LoRA, QLoRA, HiRA against their peers
+    python tests/bench_peers.py --model models/all-MiniLM-L6-v2 --ablate       # our choices, each switched off
+    python tests/bench_peers.py --model models/all-MiniLM-L6-v2 --dataset imdb --contextual    # against our LoRA
+
+Both sides: the same base, rows, batch size, length limit, epochs, dtype, AdamW (fused), learning rates, the checkpoint's own
+dropout, clipping, warm-up; adapter dropout 0. The clock runs from the first batch to the end of the last step. Peers run
+with the Trainer's length-grouped sampler and with its default one. Every run is a process of its own; runs alternate, and
+ratios are medians over the alternations. Run it on a machine that does nothing else.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+METHODS = ("lora", "qlora", "hira")
+ABLATIONS = ("all on", "random batches", "plain AdamW", "torch's dropout", "autograd's backward")
+
+
+def flags(args, method):
+    """The command line that both sides read their settings from."""
+    words = ["--dataset", args.dataset, "--model", args.model, "--train_samples", args.samples, "--eval_samples",
+             args.eval_samples, "--epochs", 1, "--lr", args.lr, "--head_lr", args.lr, "--batch_size", args.batch_size,
+             "--precision", args.precision, "--device", args.device, "--out", "/nonexistent/never-written"]
+    return words + (["--max_length", args.max_length] if args.max_length else []) + args.extra.get(method, [])
+
+
+def prepare(args, script, extra=()):
+    """(run, data, base model) as the script itself would make them."""
+    import common
+    parsed = common.parse_args(script.__doc__, script.__file__, script.add_args, [*flags(args, script.__name__), *extra])
+    run = argparse.Namespace(**vars(parsed), seed=0, settings=common.settings(parsed), seconds={},
+                             path=Path("/nonexistent/never-written/run.json"), load_average=0.0)
+    data = common.load_data(run)
+    return run, data, common.load_base(run, data)
+
+
+def ours(args, name, off=None, extra=()):
+    """Train with one of our scripts; `off` names the one choice of ours that is switched off."""
+    import torch
+
+    import common
+    script = __import__(name)
+    if off == "torch's dropout":
+        common.quicken = lambda model: None
+    if off == "random batches":
+        common.order = lambda lengths, size, *seed: list(
+            torch.randperm(len(lengths), generator=common.generator(*seed, "order")).split(size))
+    run, data, model = prepare(args, script, extra)
+    method = script.adapt(model, run)
+    if off == "plain AdamW":
+        method["optimizer"] = lambda groups: torch.optim.AdamW(groups, foreach=False)
+    if off == "autograd's backward" and name == "hira":
+        script.HiRALinear.forward = lambda layer, x: layer.base(x) + torch.nn.functional.linear(
+            x, common.weight_of(layer.base) * (layer.B @ layer.A))
+    if off == "autograd's backward" and name == "qlora":
+        script.NF4Linear.forward = lambda layer, x: torch.nn.functional.linear(x, layer.dequantised(x.dtype), layer.bias)
+    history = common.train(model, data, run, method)
+    peak = history.memory["train_peak"] - history.before
+    return {"samples_per_second": history.rows / history.seconds, "padded_per_sample": history.padded / history.rows,
+            "peak_mib": peak / 2**20, "accuracy": common.score(model, data, run).get("accuracy")}
+
+
+def peer(args, name, sampler):
+    """Train with PEFT and the Trainer on the same rows."""
+    import peft
+    import torch
+    import transformers
+    from transformers import TrainerCallback, TrainingArguments
+
+    import common
+    run, data, model = prepare(args, __import__(name))
+    model.set_attn_implementation("sdpa")  # as the Trainer would load it: none of our attention or dropout
+    for path, module in list(model.named_modules()):
+        if type(module) is common.Dropout:
+            model.set_submodule(path, torch.nn.Dropout(module.p))
+    heads = sorted({path.removeprefix(f"{model.base_model_prefix}.").split(".")[0] for path in run.head})
+    dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
+    if name == "qlora":
+        from transformers import BitsAndBytesConfig
+        torch.manual_seed(common.stream(0, "head"))
+        model = type(model).from_pretrained(
+            common.model_folder(run), num_labels=data.classes, dtype=dtype, quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=[*heads, "pooler"]), device_map={"": run.device})
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    shared = {"r": run.rank, "target_modules": run.targets, "task_type": "SEQ_CLS", "modules_to_save": heads}
+    config = peft.HiraConfig(**shared) if name == "hira" else peft.LoraConfig(
+        lora_alpha=2 * run.rank, lora_dropout=0.0, **shared)
+    torch.manual_seed(common.stream(0, "adapter"))
+    model = peft.get_peft_model(model, config)
+    split, device = data.train, torch.device(run.device)
+    rows = [{"input_ids": split.tokens[a:b].tolist(), "labels": int(label)}
+            for a, b, label in zip(split.starts, split.starts[1:], split.labels, strict=False)]
+    figures = {"padded": 0}
+
+    def collate(batch):
+        length = max(len(row["input_ids"]) for row in batch)
+        figures["padded"] += length * len(batch)
+        ids = torch.tensor([row["input_ids"] + [data.pad] * (length - len(row["input_ids"])) for row in batch])
+        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in batch])
+        return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([row["labels"] for row in batch])}
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            common.reset_peak(device)
+            figures["before"], figures["start"] = common.resident(device), time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            common.synchronise(device)
+            figures["end"], figures["peak"] = time.perf_counter(), common.peak(device)
+    grouped = {"train_sampling_strategy": "group_by_length"} if sampler == "grouped" else {}
+    trainer = transformers.Trainer(
+        model, TrainingArguments(
+            "/tmp/never-saved", per_device_train_batch_size=run.batch_size, num_train_epochs=1, learning_rate=run.lr,
+            lr_scheduler_type="linear", warmup_steps=run.warmup, weight_decay=0.0, max_grad_norm=1.0,
+            optim="adamw_torch_fused", bf16=run.precision == "bf16", use_cpu=device.type == "cpu", report_to=[],
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, seed=0, **grouped),
+        train_dataset=rows, data_collator=collate, callbacks=[Clock()])
+    trainer.train()
+    return {"samples_per_second": len(rows) / (figures["end"] - figures["start"]),
+            "padded_per_sample": figures["padded"] / len(rows), "peak_mib": (figures["peak"] - figures["before"]) / 2**20,
+            "accuracy": common.score(model, data, run).get("accuracy")}
+
+
+def in_a_process(args, *job):
+    """Run one job in a fresh process, so that neither memory nor thread pools carry over; returns its figures."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--job", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, job))} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def alternate(args, jobs):
+    """{label: list of figures}, the jobs in turn, --rounds times."""
+    results = {label: [] for label in jobs}
+    for turn in range(args.rounds):
+        for label, job in jobs.items():
+            results[label].append(in_a_process(args, *job))
+            print(f"round {turn + 1}: {label}: {results[label][-1]['samples_per_second']:.1f} samples/s", file=sys.stderr)
+    return results
+
+
+def median(runs, key):
+    return statistics.median(run[key] for run in runs if run[key] is not None)
+
+
+def table(results, against):
+    """Markdown rows; the ratio is the median over rounds of a label's speed over its reference's in the same round."""
+    lines = ["| training loop | samples/s | padded tokens a sample | peak memory, MiB | accuracy | times the reference |",
+             "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for label, runs in results.items():
+        reference = results[against[label]]
+        ratio = statistics.median(a["samples_per_second"] / b["samples_per_second"]
+                                  for a, b in zip(runs, reference, strict=True))
+        accuracy = f"{median(runs, 'accuracy'):.3f}" if runs[0]["accuracy"] is not None else "–"
+        lines.append(f"| {label} | {median(runs, 'samples_per_second'):.1f} | {median(runs, 'padded_per_sample'):.1f} | "
+                     f"{median(runs, 'peak_mib'):.0f} | {accuracy} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="distilbert-base-uncased")
+    add("--dataset", default="sst2")
+    add("--samples", type=int, default=2048, help="training rows")
+    add("--eval_samples", type=int, default=872)
+    add("--batch_size", type=int, default=32)
+    add("--max_length", type=int)
+    add("--lr", type=float, default=3e-3)
+    add("--precision", default="fp32")
+    add("--device", default="cpu")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--rounds", type=int, default=3)
+    add("--ablate", action="store_true", help="our own choices, each switched off, instead of the peers")
+    add("--contextual", action="store_true", help="contextual sparsity against our LoRA instead of the peers")
+    add("--json", action="store_true")
+    add("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.extra = {}
+    if args.job:
+        side, *rest = json.loads(args.job)
+        print(json.dumps({"ours": ours, "peer": peer}[side](args, *rest)))
+        return
+    jobs, against = {}, {}
+    for name in args.methods:
+        if args.ablate:
+            for off in ABLATIONS:
+                if off != "autograd's backward" or name != "lora":
+                    label = f"{name}, " + ("all on" if off == "all on" else f"{off} instead")
+                    jobs[label], against[label] = ("ours", name, off), f"{name}, all on"
+        elif not args.contextual:
+            for label, job in ((name, ("ours", name)), (f"{name}, PEFT and Trainer, length-grouped", ("peer", name, "grouped")),
+                               (f"{name}, PEFT and Trainer, default sampler", ("peer", name, "default"))):
+                jobs[label], against[label] = job, name
+    if args.contextual:
+        jobs["lora"], against["lora"] = ("ours", "lora"), "lora"
+        for sparsity in ("0.5", "0.9", "0.95"):
+            label = f"sparse_lora contextual, sparsity {sparsity}"
+            jobs[label] = ("ours", "sparse_lora", None, ["--mode", "contextual", "--sparsity", sparsity])
+            against[label] = "lora"
+    results = alternate(args, jobs)
+    print(json.dumps(results, indent=1) if args.json else table(results, against))
+
+
+if __name__ == "__main__":
+    main()
