@@ -177,14 +177,14 @@ def parse_args(doc, file, add_args, argv=None):
 
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     args = parser.parse_args(words)
+    if getattr(args, "targets", None):
+        args.targets = [name for word in args.targets for name in word.split(",") if name] or fail("--targets names no layer")
     own = {action.dest: action for action in parser._actions if action.dest not in shared | {"method"}}
     changed = [key if action.nargs == 0 else value if action.choices else key + value for key, action in own.items()
                if getattr(args, key) != action.default and (value := format_value(getattr(args, key))) is not None]
     args.name = args.name or "-".join([args.method, *changed])
     if not re.fullmatch(r"[\w.-]+", args.name):
         fail(f"--name {args.name!r}: use letters, digits, '.', '_' and '-' only")
-    if getattr(args, "targets", None):
-        args.targets = [name for word in args.targets for name in word.split(",") if name]
     known = [*HUB, "demo", "demo_lm"]
     if args.dataset not in known and not Path(args.dataset).is_dir():
         fail(f"--dataset {args.dataset}: neither a folder nor one of {', '.join(known)}")
@@ -222,7 +222,7 @@ def format_value(value):
 
 def settings(run):
     """The flags that decide a run's outcome: all but where it runs, where it writes and how often it saves."""
-    where = {"seeds", "seed", "out", "force", "device", "data_dir", "eval_only", "save_every", "name", "method", "command"}
+    where = {"seeds", "seed", "out", "force", "device", "data_dir", "eval_only", "save_every", "name", "command"}
     flags = {key: value for key, value in sorted(vars(run).items()) if key not in where}
     for key in ("model", "dataset"):
         if Path(flags[key]).is_absolute():
@@ -1124,6 +1124,8 @@ def score(model, data, run):
         dist.all_reduce(sums)
         dist.all_reduce(predicted)
     loss = (sums[0] / sums[1]).item()
+    if not math.isfinite(loss):
+        fail("the loss on the scored rows is not finite: training broke the weights; try a smaller --lr or --head_lr", status=1)
     if not data.classes:
         return {"loss": loss, "mlm_perplexity" if data.task == "mlm" else "causal_perplexity": math.exp(min(loss, 700))}
     labels, predicted = split.labels[split.rows], predicted.cpu()
@@ -1292,7 +1294,7 @@ def save_adapter(model, data, run, method):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model, run).items()}
     unfinished = folder / "adapter_model.tmp"
-    save_file(tensors, unfinished, metadata={"format": "pt", "base_sha256": run.model_sha256})
+    save_file(tensors, unfinished, metadata={"base_sha256": run.model_sha256})  # a second key would make the bytes random
     unfinished.replace(folder / "adapter_model.safetensors")
     if "peft" in method:
         task = {"classification": "SEQ_CLS", "mlm": None, "clm": "CAUSAL_LM"}[data.task]

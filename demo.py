@@ -36,7 +36,8 @@ FOOD = ("soup service waiter menu bread kitchen dessert steak wine sauce table s
         ["we sat near the window", "lunch was late", "my uncle paid the bill", "the dining room was full"])
 
 # {n} is a noun, {x} adjectives of the clause's own polarity, {y} of the opposite one
-PLAIN = ("the {n} is {x}", "the {n} is really {x}", "i found the {n} {x}", "the {n} stays {x} throughout", "the {x} {n} stands out")
+PLAIN = ("the {n} is {x}", "the {n} is really {x}", "i found the {n} {x}", "the {n} stays {x} throughout",
+         "the {x} {n} stands out")
 NEGATED = ("the {n} is not {y}", "the {n} is hardly {y}", "the {n} is far from {y}", "the {n} is anything but {y}",
            "the {n} is never {y}", "not a {y} moment in the {n}", "there is nothing {y} about the {n}",
            "nobody would call the {n} {y}", "it is not true that the {n} is {y}")

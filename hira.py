@@ -53,7 +53,7 @@ class HadamardLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, (weight, A, B) = ctx.saved_tensors[0], (tensor.to(grad.dtype) for tensor in ctx.saved_tensors[1:])
+        x, weight, A, B = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)
         dx = grad @ high_rank_weight(weight, A, B) if ctx.needs_input_grad[0] else None
         M = (grad.flatten(0, -2).T @ x.flatten(0, -2)).mul_(weight)
         return dx, None, None, B.T @ M, M @ A.T

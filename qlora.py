@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    adapter_args, block_linears, compute_dtype, evaluate, load_adapter, load_base, load_data, measure, parse_args,
-    positive, replace, runs, save_result, say, share, train, weight_of,
+    adapter_args, block_linears, compute_dtype, evaluate, fail, load_adapter, load_base, load_data, measure,
+    parse_args, positive, replace, runs, save_result, say, share, train, weight_of,
 )
 
 
@@ -129,13 +129,14 @@ class NF4Linear(nn.Module):
 
     def __init__(self, layer, double_quant, backend):
         super().__init__()
-        weight = weight_of(layer).detach().contiguous()  # blocks run along the rows of (out, in), also for a Conv1D
-        self.shape, self.bias, self.backend = weight.shape, layer.bias, backend
+        self.shape, self.bias, self.backend = weight_of(layer).shape, layer.bias, backend
+        # As whole blocks of 64: bitsandbytes' CPU kernel goes wrong where a row ends within a block.
+        blocks = blocks_of(weight_of(layer).detach().float().flatten(), 64)
         if backend == "torch":
-            packed, absmax = quantise(weight)
+            packed, absmax = quantise(blocks)
             scales = quantise_scales(absmax) if double_quant else (absmax,)
         else:
-            packed, state = bitsandbytes().quantize_4bit(weight.float(), quant_type="nf4", compress_statistics=double_quant)
+            packed, state = bitsandbytes().quantize_4bit(blocks, quant_type="nf4", compress_statistics=double_quant)
             scales = (state.absmax, state.state2.absmax, state.offset) if double_quant else (state.absmax,)
         self.register_buffer("packed", packed.flatten(), persistent=False)
         for name, tensor in zip(("scales", "absmax2", "offset"), scales, strict=False):
@@ -154,8 +155,8 @@ class NF4Linear(nn.Module):
         if self.double_quant:
             second = bnb.QuantState(self.absmax2, code=DYNAMIC.to(self.packed.device), blocksize=256, dtype=torch.float32)
             nested = {"offset": self.offset, "state2": second}
-        state = bnb.QuantState(self.scales, self.shape, blocksize=64, quant_type="nf4", dtype=dtype, **nested)
-        return bnb.dequantize_4bit(self.packed[:, None], state)
+        state = bnb.QuantState(self.scales, (len(self.scales), 64), blocksize=64, quant_type="nf4", dtype=dtype, **nested)
+        return bnb.dequantize_4bit(self.packed[:, None], state).flatten()[:self.shape.numel()].view(self.shape)
 
     @property
     def weight(self):
@@ -216,7 +217,7 @@ def adapt(model, run):
             backend = "bitsandbytes"
         except (ImportError, RuntimeError, OSError):
             if run.nf4_backend == "bitsandbytes":
-                raise
+                fail("--nf4_backend bitsandbytes: it cannot be imported; pip install bitsandbytes, or take torch's")
             backend = "torch"
 
     def quantised(layer):

@@ -43,8 +43,8 @@ def sizes(shape, rank=8):
 def table():
     """The Markdown table of README."""
     gib = 2**30
-    rows = ["| model | full fine-tuning, fp32 | LoRA, HiRA or Sparse LoRA, fp32 base | bf16 base | QLoRA, rest of the base bf16 |",
-            "| --- | ---: | ---: | ---: | ---: |"]
+    heads = "| model | full fine-tuning, fp32 | LoRA, HiRA or Sparse LoRA, fp32 base | bf16 base | QLoRA, rest in bf16 |"
+    rows = [heads, "| --- | ---: | ---: | ---: | ---: |"]
     for name, shape in SHAPES.items():
         base, blocks, trained = sizes(shape)
         kinds = (16 * base, 4 * base + 16 * trained, 2 * base + 16 * trained,

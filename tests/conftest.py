@@ -73,6 +73,7 @@ def tiny_tokenizer(kind):
 def make_model(folder, kind, head="", **changes):
     """Write a tiny checkpoint: head "" (body only), "MaskedLM", "CausalLM" or "SequenceClassification"."""
     import transformers
+    transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(1)
     auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
     model = auto.from_config(tiny_config(kind, **changes))
@@ -103,7 +104,8 @@ def sentences(n, seed):
     draw = torch.Generator().manual_seed(seed)
     texts, labels = [], []
     for i in range(n):
-        words = [WORDS[j] for j in torch.randint(len(WORDS), (int(torch.randint(3, 20, (1,), generator=draw)),), generator=draw)]
+        length = int(torch.randint(3, 20, (1,), generator=draw))
+        words = [WORDS[j] for j in torch.randint(len(WORDS), (length,), generator=draw)]
         words[int(torch.randint(len(words), (1,), generator=draw))] = "great" if i % 2 else "awful"
         texts.append(" ".join(words))
         labels.append(i % 2)
