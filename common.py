@@ -165,7 +165,7 @@ def parse_args(doc, file, add_args, argv=None):
     add("--eval_samples", type=count, help="score a fixed random subset; the result is marked as such")
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 on a GPU that has it, else fp32")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass: less memory, more time")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1 …; auto is a GPU if there is one")
     add("--out", type=Path, default=Path("results"), help="folder for the result files and adapters")
     add("--name", help="the result's name (default: the script's, and each method flag that is not at its default)")
     add("--force", action="store_true", help="run again where a result exists, and replace it")
@@ -175,6 +175,9 @@ def parse_args(doc, file, add_args, argv=None):
     parser.set_defaults(method=Path(file).stem)
     add_args(parser)
 
+    for action in parser._actions:  # defaults are set in one place and shown from there, also those a script overrides
+        if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
+            action.help += f" (default: {format_value(action.default)})"
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     args = parser.parse_args(words)
     if getattr(args, "targets", None):
@@ -217,7 +220,7 @@ def parse_args(doc, file, add_args, argv=None):
 
 def format_value(value):
     """A flag's value as part of a file name: 0.5 -> "0.5", ["q", "v"] -> "q-v"."""
-    return "-".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return "-".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def settings(run):
@@ -834,20 +837,17 @@ def train(model, data, run, method):
     """
     device = torch.device(run.device)
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    groups = [{"params": [t for n, t in trained.items() if n not in run.head], "lr": run.lr},
-              {"params": [t for n, t in trained.items() if n in run.head], "lr": run.head_lr}]
-    groups = [group for group in groups if group["params"]]
-    if not groups:
+    if not trained:
         fail("nothing to train: no adapter, and the checkpoint lacks no head; choose an adapter script or --full")
+    groups = [{"params": params, "lr": lr, "weight_decay": run.weight_decay} for params, lr in (
+        ([t for n, t in trained.items() if n not in run.head], run.lr),
+        ([t for n, t in trained.items() if n in run.head], run.head_lr)) if params]
     report_size(run, model)
     model.to(device)
     reset_peak(device)
     history = SimpleNamespace(curve=[], laps=[], epoch_seconds=[], seconds=0.0, rows=0, tokens=0, padded=0, step=0,
                               before=resident(device), memory={})
-    make = method.get("optimizer") or (lambda groups: torch.optim.AdamW(groups, fused=True))
-    for group in groups:
-        group["weight_decay"] = run.weight_decay
-    optimizer = make(groups)
+    optimizer = method["optimizer"](groups) if "optimizer" in method else torch.optim.AdamW(groups, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     after_step = method.get("after_step", lambda step, total, lr: None)
 
@@ -875,7 +875,8 @@ def train(model, data, run, method):
                     group["lr"] = lr * scale
                 lr = optimizer.param_groups[0]["lr"]
                 torch.manual_seed(stream(run.seed, "dropout", step, rank()))  # so that a continued run draws the same
-                window.append((step, lr, backward(model, data, run, data.train.rows[picked], inputs, flags, history)))
+                window.append((step, lr, backward(model, data, run, data.train.rows[picked], inputs, flags, history,
+                                                   trained)))
                 torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 if step == 1:
                     history.memory["gradients"] = sum(tensor.grad.nbytes for tensor in trained.values())
@@ -890,7 +891,7 @@ def train(model, data, run, method):
                 if pause or step % every == 0:
                     look(history, window, per_epoch, bar)
                 if step == 20:
-                    announce(history, total)
+                    announce((total - step) * clock.elapsed() / step)
                 if pause:
                     clock.stop()
                     if not save or step % per_epoch == 0:
@@ -915,7 +916,7 @@ def train(model, data, run, method):
     return history
 
 
-def backward(model, data, run, rows, inputs, flags, history):
+def backward(model, data, run, rows, inputs, flags, history, trained):
     """Leave the gradient of the mean loss over the global batch `rows` in .grad; returns that mean loss, a 0-d tensor.
 
     Each process takes every world()-th row, in micro-batches of --batch_size. An empty part contributes zeros.
@@ -934,7 +935,6 @@ def backward(model, data, run, rows, inputs, flags, history):
         history.rows += len(part) * world()
         history.tokens += int(data.train.lengths[part].sum()) * world()
         history.padded += batch.ids.numel() * world()
-    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     if world() > 1:  # adapters are small: one flat tensor, one all-reduce, nothing else is ever sent
         parts = [torch.zeros_like(t) if t.grad is None else t.grad for t in trained.values()]
         everything = torch.cat([loss[None], *(part.flatten() for part in parts)])
@@ -974,6 +974,9 @@ class Clock:
         synchronise(self.device)
         self.begin, self.marks = time.perf_counter(), [self.mark()]
 
+    def elapsed(self):
+        return self.history.seconds + time.perf_counter() - self.begin
+
     def lap(self):
         self.marks.append(self.mark())
 
@@ -1000,11 +1003,10 @@ def look(history, window, per_epoch, bar):
     window.clear()
 
 
-def announce(history, total):
+def announce(seconds):
     """Say once how long a long run will take, and what makes it shorter."""
-    left = (total - history.step) * sum(history.laps[-10:] or [0]) / max(1, len(history.laps[-10:]))
-    if left > 60:
-        say(f"about {left / 60:.0f} more minutes of training; shorter with --train_samples, --epochs, --max_steps or "
+    if seconds > 60:
+        say(f"about {seconds / 60:.0f} more minutes of training; shorter with --train_samples, --epochs, --max_steps or "
             "--max_length")
 
 

@@ -1,51 +1,48 @@
 """The demo's stand-in for the hub: generated film reviews and a tiny DistilBERT, so that everything runs offline.
 
-    python demo.py                 a few rows, and where the model lies
-    python lora.py                 uses both: --dataset demo is the default, and demo_lm is for masked language modelling
+    python demo.py      prints a few rows, and where the model lies (which it makes, where there is none yet)
 
 A small grammar writes reviews in which counting words is not enough: negation ("not a dull moment in the plot"), weak
-words ("hardly funny"), double negation, and contrast ("the plot is weak, but the acting saves it"), where word order says
-which clause decides. A twentieth of the reviews praise one thing, blame another and leave it at that; their label is the
-reviewer's own coin, so no model can score 100 %.
+words ("hardly funny"), and contrast ("the plot is weak, but the acting saves it"), where word order says which clause
+decides. One in twenty praises one thing, blames another and leaves it at that; its label is the reviewer's own coin, so
+no model can score 100 %.
 
-The model is pre-trained here, once, on unlabelled text of the same grammar. There each review ends or begins with what the
-reviewer felt ("i loved it."), and predicting that masked word from the rest teaches polarity; the labelled rows never say
-it. As in SKEP (Tian et al. 2020, arXiv 2005.05635) the sentiment word is always masked, other words at 15 %. The first
-fifth of the text is plain, the second adds negation, the rest contrast: in that order half a minute on a CPU is enough.
-Text of demo_lm is of another domain, restaurants, which is one line in twenty in pre-training.
+The model is pre-trained on unlabelled text of the same grammar, in which each reviewer also says what he felt ("i loved
+it."): predicting that word, which no labelled row holds, teaches polarity. As in SKEP (Tian et al. 2020, arXiv
+2005.05635) it is always masked; of the other words a tenth. Plain statements come first, then negation, then contrast:
+in that order half a minute is enough. demo_lm's domain, restaurants, is one line in twenty of it.
 """
 
+import atexit
+import functools
 import hashlib
 import os
 import random
 import re
 import shutil
-import string
 import sys
 import tempfile
 from pathlib import Path
 
 GOOD = ("great superb moving clever funny charming gripping fresh warm brilliant lively tender sharp vivid delightful "
         "graceful witty rich bold splendid lovely touching").split()
-BAD = ("dull clumsy bland tedious boring weak messy stale shallow lifeless tiresome silly dreary hollow painful lazy flat "
-       "crude stiff forced poor dreadful").split()
+BAD = ("dull clumsy bland tedious boring weak messy stale shallow lifeless tiresome silly dreary hollow painful lazy "
+       "flat crude stiff forced poor dreadful").split()
 LOVED, HATED = "loved enjoyed praised treasured".split(), "hated regretted loathed despised".split()
-FILMS = ("plot acting script cast music ending dialogue pacing camera direction story humour lead opening score".split(),
+FILMS = ("plot acting script cast music ending dialogue pacing camera direction story humour lead opening".split(),
          ["we saw it on a rainy sunday", "my sister chose it", "it lasts two hours", "tickets were sold out"])
-FOOD = ("soup service waiter menu bread kitchen dessert steak wine sauce table salad coffee chef fish".split(),
+FOOD = ("soup service waiter menu bread kitchen dessert steak wine sauce table salad coffee chef".split(),
         ["we sat near the window", "lunch was late", "my uncle paid the bill", "the dining room was full"])
 
 # {n} is a noun, {x} adjectives of the clause's own polarity, {y} of the opposite one
-PLAIN = ("the {n} is {x}", "the {n} is really {x}", "i found the {n} {x}", "the {n} stays {x} throughout",
-         "the {x} {n} stands out")
+PLAIN = ("the {n} is {x}", "the {n} is really {x}", "i found the {n} {x}", "the {x} {n} stands out")
 NEGATED = ("the {n} is not {y}", "the {n} is hardly {y}", "the {n} is far from {y}", "the {n} is anything but {y}",
-           "the {n} is never {y}", "not a {y} moment in the {n}", "there is nothing {y} about the {n}",
-           "nobody would call the {n} {y}", "it is not true that the {n} is {y}")
+           "not a {y} moment in the {n}", "nobody would call the {n} {y}", "it is not true that the {n} is {y}")
 TWICE = ("nobody would say the {n} is not {x}", "you could not call the {n} anything but {x}")
 CONTRAST = ("{other}, but {this}", "{other}, but {this}", "although {other}, {this}", "{this}, even if {other}")
 
 
-def clause(rng, good, domain, weights=(64, 32, 4)):
+def clause(rng, good, domain, weights):
     """One statement that is good or bad; `weights` say how often it is plain, negated, negated twice."""
     template = rng.choice(rng.choices((PLAIN, NEGATED, TWICE), weights)[0])
     x, y = (" and ".join(rng.sample(words, rng.choice((1, 1, 2)))) for words in ((GOOD, BAD) if good else (BAD, GOOD)))
@@ -54,11 +51,13 @@ def clause(rng, good, domain, weights=(64, 32, 4)):
 
 def review(rng, good, domain=FILMS):
     """One to three sentences that say, on the whole, good or bad."""
-    this, other, kind = clause(rng, good, domain), clause(rng, not good, domain), rng.random()
+    kind = rng.random()
+    weights = (64, 32, 4) if kind < 0.62 else (85, 15, 0)  # a contrast is hard enough without negation on both sides
+    this, other = clause(rng, good, domain, weights), clause(rng, not good, domain, weights)
     if kind < 0.36:
         text = this
     elif kind < 0.62:
-        text = f"{this} and {clause(rng, good, domain)}"
+        text = f"{this} and {clause(rng, good, domain, weights)}"
     elif kind < 0.72:
         text = f"{other}, but the {rng.choice(domain[0])} {'saves' if good else 'ruins'} it"
     elif kind < 0.95:
@@ -66,27 +65,28 @@ def review(rng, good, domain=FILMS):
     else:
         text = " and ".join(rng.sample((this, other), 2))  # mixed: nothing in it tells the label
     aside = rng.choice(domain[1])
-    return rng.choice((f"{text}.", f"{text}.", f"{aside}. {text}.", f"{text}. {aside}."))
+    return rng.choice((*[f"{text}."] * 3, f"{aside}. {text}.", f"{text}. {aside}."))
 
 
 def confession(rng, domain, stage=1.0):
     """A line of unlabelled text: a review and what the reviewer felt. `stage` in 0…1: first plain, then harder."""
     good = rng.random() < 0.5
-    if stage > 0.4 and rng.random() < 0.8:
+    if stage > 0.35 and rng.random() < 0.9:
         text = review(rng, good, domain)
     else:
-        text = clause(rng, good, domain, (1, 0, 0) if stage < 0.2 else (50, 45, 5)) + "."
+        text = clause(rng, good, domain, (1, 0, 0) if stage < 0.17 else (50, 45, 5)) + "."
     felt = f"i {rng.choice(LOVED if good else HATED)} it."
     return rng.choice((f"{felt} {text}", f"{text} {felt}"))
 
 
 def splits(lm=False):
-    """The demo's rows, the same at every call and no text twice: {"train": {"text": […], "label": […]}, "test": …}.
+    """The demo's rows, the same at every call, no text twice: {"train": {"text": […], "label": […]}, "test": …}.
 
-    With lm=True lines of unlabelled text about restaurants: {"train": {"text": […]}, "validation": …, "test": …}.
+    With lm=True unlabelled lines about restaurants: {"train": {"text": […]}, "validation": …, "test": …}.
     """
     rng, seen, result = random.Random(2 if lm else 1), set(), {}
-    for name, size in (("train", 2000), ("validation", 300), ("test", 300)) if lm else (("train", 2000), ("test", 1000)):
+    sizes = {"train": 2000, "validation": 300, "test": 300} if lm else {"train": 2000, "test": 1000}
+    for name, size in sizes.items():
         labels, texts = [i % 2 for i in range(size)], []
         rng.shuffle(labels)
         while len(texts) < size:
@@ -99,74 +99,77 @@ def splits(lm=False):
 
 
 def pretrain(folder, steps=2000, batch=32):
-    """Train the tiny DistilBERT on unlabelled text by masked language modelling; writes model and tokenizer to `folder`."""
+    """Train the tiny DistilBERT on unlabelled text by masked language modelling; model and tokenizer go to `folder`."""
     import torch
+    from torch.optim.lr_scheduler import LambdaLR
     from transformers import BertTokenizer, DistilBertConfig, DistilBertForMaskedLM
     from transformers.utils import logging
     logging.disable_progress_bar()
 
-    grammar = " ".join([*GOOD, *BAD, *LOVED, *HATED, *FILMS[0], *FILMS[1], *FOOD[0], *FOOD[1], *PLAIN, *NEGATED, *TWICE,
-                        *CONTRAST, "saves ruins and i it"])
-    letters = string.ascii_lowercase + string.digits + string.punctuation  # so that any English text can be tokenised
-    words = [*dict.fromkeys(re.findall("[a-z]+", grammar)), *letters, *(f"##{letter}" for letter in letters)]
-    words = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])
+    grammar = " ".join([*GOOD, *BAD, *LOVED, *HATED, *FILMS[0], *FILMS[1], *FOOD[0], *FOOD[1], *PLAIN, *NEGATED,
+                        *TWICE, *CONTRAST, "saves ruins and i it"])
+    words = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", ".", *re.findall("[a-z]+", grammar)])
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=128)
     felt = torch.tensor(tokenizer.convert_tokens_to_ids(LOVED + HATED))
 
-    rng = random.Random(0)
+    rng, threads = random.Random(0), torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small gain little from a second one, and on a busy machine lose tenfold
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had happened
         torch.default_generator.manual_seed(0)  # torch.manual_seed would move the GPU's generator too
-        # At this width BERT's usual initial spread of 0.02 lets attention pass nearly nothing: it would not learn in time.
-        config = DistilBertConfig(vocab_size=len(words), dim=64, n_layers=2, n_heads=4, hidden_dim=256,
-                                  max_position_embeddings=128, initializer_range=0.1)
-        model = DistilBertForMaskedLM(config).eval()  # without dropout, which costs more than it gives in one short epoch
-        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+        config = DistilBertConfig(
+            vocab_size=len(words), dim=64, n_layers=2, n_heads=4, hidden_dim=256, max_position_embeddings=128,
+            initializer_range=0.1)  # with BERT's 0.02 attention passes next to nothing at this width
+        model = DistilBertForMaskedLM(config).eval()  # no dropout: in one short epoch it costs more than it gives
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, fused=True)
+        schedule = LambdaLR(optimizer, lambda i: min(1, (i + 1) / 150, 4 * (steps - i) / steps))
         for step in range(steps):
-            if step % 16 == 0:  # lines of 16 batches, sorted by length: half the padding
-                lines = [confession(rng, rng.choices((FILMS, FOOD), (19, 1))[0], step / steps) for _ in range(16 * batch)]
-                rows = sorted(tokenizer(lines)["input_ids"], key=len)
-            part = rows[step % 16 * batch:][:batch]
-            if step % 16 == 0 and step > steps / 2:  # sometimes running text, for positions that no single line reaches
-                text = sum((row[1:-1] for row in part), [])
-                part = [[2, *text[i:i + 126], 3] for i in range(0, len(text), 126)]
+            if step % 16 == 0:  # lines for 16 batches, of like length within a batch: half the padding
+                domains = rng.choices((FILMS, FOOD), (19, 1), k=16 * batch)
+                rows = tokenizer([confession(rng, domain, step / steps) for domain in domains])["input_ids"]
+                rows.sort(key=len)
+                parts = rng.sample([rows[i:i + batch] for i in range(0, len(rows), batch)], 16)
+            part = parts[step % 16]
+            if step % 4 == 0 and step > steps / 3:  # running text too: demo_lm is cut into blocks, and no line is as long
+                text, size = sum((row[1:-1] for row in part), []), rng.choice((62, 126))
+                part = [[2, *text[i:i + size], 3] for i in range(0, len(text), size)]
             tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], batch_first=True)  # (B, L)
-            masked = torch.isin(tokens, felt) | (torch.rand(tokens.shape) < 0.15) & (tokens > 4)
-            logits = model(input_ids=tokens.masked_fill(masked, 4), attention_mask=(tokens > 0).long()).logits
-            torch.nn.functional.cross_entropy(logits[masked], tokens[masked]).backward()
+            word, target = tokens > 4, tokens.clone()
+            scored = torch.isin(tokens, felt) | (torch.rand(tokens.shape) < 0.1) & word
+            inputs = tokens.masked_fill(scored, 4)
+            # [CLS], which a classifier will read, predicts any one word of its row: else nothing teaches it to look
+            target[:, :1], scored[:, 0] = tokens.gather(1, word.float().multinomial(1)), True
+            logits = model(input_ids=inputs, attention_mask=(tokens > 0).long()).logits  # (B, L, words)
+            torch.nn.functional.cross_entropy(logits[scored], target[scored]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
+    torch.set_num_threads(threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
+@functools.cache  # asked for several times a run; without a cache folder each call would train anew
 def model():
-    """Folder of the tiny DistilBERT and its tokenizer; made at the first call, then found in the user's cache.
-
-    It lies under the hash of this file, so that a change of the grammar makes a new one. Where the cache cannot be written
-    it goes to a temporary folder.
-    """
-    name = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-from-scratch"
-    if (home / name).is_dir():
-        return home / name
+    """Folder of the tiny DistilBERT and its tokenizer: made at the first call, later found in the user's cache."""
+    name = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]  # a changed grammar makes a new model
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peft-from-scratch"
+        if (home / name).is_dir():
+            return home / name
         home.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix="building-", dir=home))
-    except OSError as error:
-        building = Path(tempfile.mkdtemp(prefix="peft-from-scratch-"))
-        print(f"demo: cannot write to {home} ({error.strerror}); the model goes to {building}", file=sys.stderr)
-        home = building
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
+        home = building = Path(tempfile.mkdtemp(prefix="peft-from-scratch-"))
+        print(f"demo: no cache folder ({error}); the model goes to {home}, for this run only", file=sys.stderr)
+    atexit.register(shutil.rmtree, building, ignore_errors=True)
     print("pre-training a tiny DistilBERT for the demo, about 30 s, once", flush=True)
     pretrain(building / "model")
     try:
         (building / "model").rename(home / name)  # whole or not at all
-    except OSError:  # another process was faster
-        pass
-    if building != home:
-        shutil.rmtree(building)
+    except OSError:
+        if not (home / name).is_dir():  # it is there where another process was faster
+            raise
     return home / name
 
 

@@ -234,7 +234,8 @@ class WayOut(nn.Module):
         rows = c.shape[:-1].numel()
         y = F.linear(z[:rows * c.keep].view(rows, c.keep), weight[:, c.picked], bias)  # (B·L, out)
         if c.dense is not None:
-            y = y.index_copy(0, c.dense, F.linear(z[rows * c.keep:].view(len(c.dense), -1), weight, bias).to(y.dtype))
+            full = z[rows * c.keep:].view(len(c.dense), weight.shape[1])
+            y = y.index_copy(0, c.dense, F.linear(full, weight, bias).to(y.dtype))
         return y.view(*c.shape[:-1], -1)
 
 

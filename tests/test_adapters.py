@@ -51,13 +51,33 @@ def quick(monkeypatch):
     One thread: two of them wait for each other at every tiny product, tenfold the time on a busy machine.
     """
     import transformers
-    transformers.utils.logging.set_verbosity_error()  # as load_data does, which most tests here do without
+    transformers.utils.logging.set_verbosity_error()  # both as load_data does, which most tests here do without
+    transformers.utils.logging.disable_progress_bar()
     monkeypatch.setattr(common, "time_inference", lambda *args: {})
     monkeypatch.setattr(common, "reset_peak", lambda device: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def models(models, tmp_path_factory):
+    """conftest's tiny checkpoints with random biases: zero ones, as they start, would hide that a bias is lost."""
+    made = {}
+
+    def get(*args, **changes):
+        plain = Path(models(*args, **changes))
+        if plain not in made:
+            made[plain] = tmp_path_factory.mktemp("biased") / plain.name
+            shutil.copytree(plain, made[plain])
+            tensors, draw = load_file(plain / "model.safetensors"), torch.Generator().manual_seed(2)
+            for name, tensor in tensors.items():
+                if name.endswith("bias"):
+                    tensor.normal_(0, 0.3, generator=draw)
+            save_file(tensors, made[plain] / "model.safetensors", metadata={"format": "pt"})
+        return str(made[plain])
+    return get
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -417,7 +437,7 @@ def trained(models, reviews, text_dir, tmp_path_factory):
             base = models(kind, checkpoint)
             argv = ["--dataset", reviews if task == "classification" else "wikitext2", "--data_dir", text_dir, "--model", base,
                     "--rank", 4, "--max_steps", 6, "--batch_size", 8, "--max_length", 32, "--lr", 0.1,
-                    "--head_lr", 0.1, "--device", "cpu", *flags]
+                    "--head_lr", 0.02, "--device", "cpu", *flags]
             out, caught = tmp_path_factory.mktemp("out"), {}
 
             def spy(model, data, run):
@@ -466,6 +486,18 @@ def test_adapter_of_main_loads_in_peft(method, kind, checkpoint, task, trained):
     close(loaded, run.logits, 1e-5)
     assert (run.bare - run.logits).abs().max() > 1e-3
     assert task != "classification" or (other_head - run.bare).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method, checkpoint", [("lora", ""), ("lora", "MaskedLM"), ("hira", "MaskedLM")])
+def test_peft_would_go_on_training_the_same_tensors(method, checkpoint, trained, tmp_path):
+    """The saved config names adapter and head, also a missing pooler, as PEFT's trainable modules."""
+    run = trained(method, "bert", checkpoint)
+    theirs = oracle("peft").PeftModel.from_pretrained(transformers_model(run.base, "classification"), str(run.folder),
+                                                      is_trainable=True)
+    ours, _, _ = start(method, run.base, tmp_path)
+    assert {our_name(name) for name, tensor in theirs.named_parameters() if tensor.requires_grad} == {
+        name for name, tensor in ours.named_parameters() if tensor.requires_grad}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

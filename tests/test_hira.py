@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import oracle
-from test_adapters import KINDS, batch_of, close, gradients, our_name, peft_config, peft_twin, quick, randomise, start
+from test_adapters import KINDS, batch_of, close, gradients, models, our_name, peft_config, peft_twin, quick, randomise, start
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import common
 import hira
 
-assert quick  # the fixture, in force here too
+FIXTURES = (models, quick)  # in force here, too
 
 
 def layer_of(kind, out_features=24, in_features=20, rank=3, dropout=0.0, dtype=torch.float32):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import oracle
 from test_adapters import (
-    HEADS, KINDS, PAD, batch_of, close, four_bit, gradients, quantise_blocks, quick, randomise, start, toy_data,
+    HEADS, KINDS, PAD, batch_of, close, four_bit, gradients, models, quantise_blocks, quick, randomise, start, toy_data,
 )
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import common
 import qlora
 
-assert quick  # the fixture, in force here too
+FIXTURES = (models, quick)  # in force here, too
 MINILM = Path(__file__).parents[1] / "models" / "all-MiniLM-L6-v2"
 BLOCK_LINEARS = {"distilbert": 2 * 6, "bert": 2 * 6, "gpt2": 2 * 4, "llama": 2 * 7}
 

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from conftest import WORDS, tiny_config
 from safetensors.torch import load_file
 from test_adapters import (
-    DECODERS, DISTILBERT, HEADS, batch_of, close, gradients, load_in_peft, peft_logits, quick, randomise, start, toy_data,
-    transformers_model,
+    DECODERS, DISTILBERT, HEADS, batch_of, close, gradients, load_in_peft, models, peft_logits, quick, randomise, start,
+    toy_data, transformers_model,
 )
 
 import common
 import lora
 import sparse_lora
 
-assert quick  # the fixture, in force here too
+FIXTURES = (models, quick)  # in force here, too
 
 
 def pruned(kind, models, out, *flags, steps=10, watch=None):

@@ -53,8 +53,7 @@ def stir(model):
     torch.manual_seed(5)
     for module in common.adapters(model).values():
         if "B" in module.keys:  # NF4Linear has nothing of the kind
-            if module.keys:
-                module.B.data.normal_(0, 0.2)
+            module.B.data.normal_(0, 0.2)
 
 
 def files(folder):
@@ -166,8 +165,9 @@ def gradients(run, data, model, rows):
     model.train()
     inputs, flags = common.predicted_tokens(data, data.train, run.seed, 0)
     history = SimpleNamespace(rows=0, tokens=0, padded=0)
-    loss = common.backward(model, data, run, rows, inputs, flags, history)
-    return loss, {name: tensor.grad.clone() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    loss = common.backward(model, data, run, rows, inputs, flags, history, trained)
+    return loss, {name: tensor.grad.clone() for name, tensor in trained.items()}
 
 
 @pytest.mark.parametrize("name", ["lora", "hira", "qlora", "full"])
@@ -466,8 +466,8 @@ PARTS = {
     "split": {"train": int, "dev": int, "eval": int, "eval_split": str, "scored": str, "subset": bool, "sha256": str},
     "parameters": {"adapter": int, "head": int, "trainable": int, "total": int, "trainable_percent": NUMBER},
     "time": {"train_seconds": NUMBER, "epoch_seconds": LIST, "skipped_steps": int, "step_ms": dict,
-             "samples_per_second": NUMBER, "tokens_per_second": NUMBER, "padded_tokens_per_second": NUMBER, "accelerator_hours": NUMBER, "load": NUMBER,
-             "tokenise": NUMBER, "evaluate": NUMBER, "save": NUMBER},
+             "samples_per_second": NUMBER, "tokens_per_second": NUMBER, "padded_tokens_per_second": NUMBER,
+             "accelerator_hours": NUMBER, "load": NUMBER, "tokenise": NUMBER, "evaluate": NUMBER, "save": NUMBER},
     "memory": {"device": str, "base": int, "adapter": int, "head": int, "optimizer": int, "gradients": int, "train_peak": int,
                "inference_peak": int, "before_training": int},
     "flops": {"train_step": NUMBER, "train_total": NUMBER, "inference_per_sample": NUMBER},
