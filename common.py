@@ -1334,11 +1334,20 @@ def load_adapter(model, data, run, method):
     for key, flag in flags.items():
         if key in method.get("peft", {}) and config.get(key) != method["peft"][key]:
             fail(f"--eval_only {folder}: {key} is {config.get(key)} there and {method['peft'][key]} here; change {flag}")
-    ranks = config.get("rank_pattern") or {}
+
+    def setting(key, path):  # one layer's own value, by the end of its name, or everybody's
+        pattern = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
+        return next((value for name, value in pattern.items() if f".{path}".endswith(f".{name}")), config[key])
     for path, module in adapters(model).items():  # a pruned adapter has fewer components in some layers
-        if path in ranks:
-            module.A = nn.Parameter(module.A[:ranks[path]].detach().clone())
-            module.B = nn.Parameter(module.B[:, :ranks[path]].detach().clone())
+        if not module.keys:
+            continue
+        r = setting("r", path)
+        module.A, module.B = (nn.Parameter(part.detach().clone()) for part in (module.A[:r], module.B[:, :r]))
+        if "lora_alpha" in config:
+            scale = setting("lora_alpha", path) / (math.sqrt(r) if config.get("use_rslora") else r)
+            if not math.isclose(scale, module.scale, rel_tol=1e-6):
+                fail(f"--eval_only {folder}: it scales the update of {path} by {scale:g}, here that is {module.scale:g}; "
+                     "change --alpha")
     wanted = adapter_tensors(model, run)
     missing, unexpected = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
     if missing or unexpected:

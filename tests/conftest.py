@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny, and two busy threads wait for each other
 
 WORDS = ("the a film movie story plot acting scene is was not never good bad great awful dull fine bright weak strong and but "
          "with of in to it this that very so too no yes one two cat dog sat mat").split()
@@ -78,9 +78,9 @@ def make_model(folder, kind, head="", **changes):
     auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
     model = auto.from_config(tiny_config(kind, **changes))
     with torch.no_grad():  # away from the tiny default initialisation, where everything is near zero
-        for tensor in model.parameters():
-            if tensor.ndim > 1:
-                tensor.normal_(0, 0.3)
+        for name, tensor in model.named_parameters():
+            if tensor.ndim > 1 or name.endswith("bias"):
+                tensor.normal_(0, 0.3 if tensor.ndim > 1 else 0.1)
     model.save_pretrained(folder)
     tiny_tokenizer(kind).save_pretrained(folder)
     return str(folder)

@@ -253,10 +253,12 @@ def test_merged_equals_unmerged_and_plain_restores(method, kind, models, tmp_pat
     batch = batch_of(kind)
     with torch.no_grad():
         modules, before = dict(model.named_modules()), common.forward(model, batch)
+        stand_ins = common.adapters(model)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with common.plain(model, True, torch.float32) as merged:
             assert not common.adapters(merged)
             assert not any(hasattr(module, "A") for module in merged.modules())
+            assert not any(list(merged.get_submodule(path).children()) for path in stand_ins)
             close(common.forward(merged, batch), before, 1e-5)
         with common.plain(model, False, torch.float32) as bare:
             unadapted = common.forward(bare, batch)

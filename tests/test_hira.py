@@ -179,9 +179,10 @@ def test_autocast_on_cpu(kind, stored):
     """Products in bf16, gradients in the parameters' fp32, and the numbers within bf16's rounding of fp32's."""
     layer, exact = layer_of(kind), layer_of(kind)
     layer.base.weight.data = layer.base.weight.data.to(stored)
-    x = torch.randn(50, 20, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    x, saved = torch.randn(50, 20, requires_grad=True), []
+    with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = layer(x)
+    assert [tensor.dtype for tensor in saved if tensor.shape == x.shape] == [torch.bfloat16]  # half the memory of fp32
     y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16 and x.grad.dtype == layer.A.grad.dtype == layer.B.grad.dtype == torch.float32
     z = x.detach().requires_grad_(True)

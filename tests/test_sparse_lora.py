@@ -337,15 +337,17 @@ def test_sparse_equals_autograd_of_the_masked_dense_layer(kind, checkpoint, task
     assert (logits - common.forward(dense_twin(kind, models, tmp_path, checkpoint, task), batch)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_picked_channels_are_the_top_over_attended_rows(kind, models, tmp_path):
-    """With fewer than 128 attended rows the sample is all of them: the definition, by hand, from the block's own input."""
+@pytest.mark.parametrize("kind, lengths", [*((kind, (9, 4, 7, 2)) for kind in ARCHITECTURES),
+                                           ("distilbert", (40, 12, 31, 26, 40, 9, 38))])
+def test_picked_channels_are_the_top_over_attended_rows(kind, lengths, models, tmp_path):
+    """By hand from the block's own input: all attended rows below 128 of them, above that every so manyth, 64 or more."""
     model, _, ways = contextual(kind, models, tmp_path, "--sparsity", 0.6)
     first, inputs = ways[0], []
     first.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
-    batch = batch_of(kind)
+    batch = batch_of(kind, lengths=lengths)
     common.forward(model, batch)
-    x = inputs[0][batch.attended]
+    x = inputs[0][batch.attended][::max(1, sum(lengths) // 64)]
+    assert len(x) == (sum(lengths) if sum(lengths) < 128 else 66)
     gated = kind == "llama"
     z = F.linear(x, first.base.weight, first.base.bias)
     z = F.silu(z) * F.linear(x, ways[1].base.weight) if gated else F.gelu(z)
