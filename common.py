@@ -108,16 +108,16 @@ def number(kind, low, high, what):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high) or not math.isfinite(value):
+        if not low <= value <= high:  # also true of nan
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
     return convert
 
 
-count = number(int, 1, math.inf, "a whole number of 1 or more")
-natural = number(int, 0, math.inf, "a whole number of 0 or more")
-positive = number(float, 1e-30, math.inf, "a positive number")
-non_negative = number(float, 0, math.inf, "a number of 0 or more")
+count = number(int, 1, 2**31, "a whole number of 1 or more")
+natural = number(int, 0, 2**31, "a whole number of 0 or more")
+positive = number(float, 1e-30, 1e30, "a positive number")
+non_negative = number(float, 0, 1e30, "a number of 0 or more")
 share = number(float, 0, 1 - 1e-9, "a share from 0 up to, not including, 1")
 
 
@@ -179,7 +179,10 @@ def parse_args(doc, file, add_args, argv=None):
         if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
             action.help += f" (default: {format_value(action.default)})"
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    args = parser.parse_args(words)
+    try:
+        args = parser.parse_args(words)
+    except ValueError as error:  # an @file that is not text, or has an unclosed quote
+        fail(f"{' '.join(word for word in words if word[:1] == '@')}: not a file of flags ({first_line(error)})")
     if getattr(args, "targets", None):
         args.targets = [name for word in args.targets for name in word.split(",") if name] or fail("--targets names no layer")
     own = {action.dest: action for action in parser._actions if action.dest not in shared | {"method"}}
@@ -200,9 +203,9 @@ def parse_args(doc, file, add_args, argv=None):
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}")
+        torch.empty(1, device=args.device).item()
+    except Exception as error:  # each backend has its own way to say that it is not there
+        fail(f"--device {args.device}: not to be had here ({first_line(error)})")
     cuda = torch.device(args.device).type == "cuda"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # set by torchrun
         if cuda:
@@ -240,14 +243,14 @@ def runs(args):
     """
     interrupt = signal.signal(signal.SIGINT, lambda *_: fail("stopped; the same command starts this run again", 130))
     try:
-        for seed in args.seeds:
-            run = argparse.Namespace(**vars(args), seed=seed, settings=settings(args), seconds={},
-                                     load_average=os.getloadavg()[0])
-            search = f"-dev-lr{run.lr:g}-headlr{run.head_lr:g}" if run.split == "dev" else ""
-            parts = (Path(run.settings["dataset"]).name, run.name, Path(run.settings["model"]).name)
-            run.path = args.out / f"{'-'.join(parts)}{search}-seed{seed}.json"
-            if run.eval_only or not finished(run):
-                yield run
+        kept = settings(args)
+        search = f"-dev-lr{args.lr:g}-headlr{args.head_lr:g}" if args.split == "dev" else ""
+        stem = "-".join([Path(kept["dataset"]).name, args.name, Path(kept["model"]).name]) + search
+        todo = [argparse.Namespace(**vars(args), seed=seed, settings=kept, seconds={},
+                                   path=args.out / f"{stem}-seed{seed}.json") for seed in args.seeds]
+        for run in [run for run in todo if run.eval_only or not finished(run)]:  # all are checked before the first one starts
+            run.load_average = os.getloadavg()[0]
+            yield run
     finally:
         signal.signal(signal.SIGINT, interrupt)
 
@@ -265,7 +268,7 @@ def finished(run):
             fail(f"--out {run.path.parent}: cannot write there ({error.strerror})")
         if run.path.exists() and not run.force:
             try:
-                old = json.loads(run.path.read_text())["args"]
+                old = dict(json.loads(run.path.read_text())["args"])
             except (ValueError, KeyError, TypeError):
                 fail(f"{run.path} is not a complete result file; --force replaces it")
             differ = [f"--{key} {old.get(key)} there, {run.settings.get(key)} here"
@@ -347,8 +350,9 @@ def load_data(run):
     longest -= pad + 1 if config.model_type in ("roberta", "xlm-roberta") else 0  # they count positions from pad + 1
     if not 4 <= run.max_length <= longest:
         fail(f"--max_length {run.max_length}: {run.model} takes 4 to {longest} tokens")
+    size = getattr(config, "vocab_size", len(tokenizer))
     data = SimpleNamespace(
-        task=task, decoder=decoder, pad=pad, unknown=unknown, mask=tokenizer.mask_token_id, vocab=len(tokenizer),
+        task=task, decoder=decoder, pad=pad, unknown=unknown, mask=tokenizer.mask_token_id, vocab=min(len(tokenizer), size),
         special=torch.tensor(sorted({*tokenizer.all_special_ids, unknown})), seconds=seconds, classes=None,
         eval_split="test" if "test" in raw and run.dataset != "sst2" else "validation")
     raw["eval"] = raw[data.eval_split]
@@ -357,6 +361,8 @@ def load_data(run):
             load_classification(run, data, raw, tokenizer)
         else:
             load_text(run, data, raw, tokenizer)
+    if (highest := max(split.tokens.max().item() for split in (data.train, data.dev, data.eval))) >= size:
+        fail(f"--model {run.model}: its tokenizer is another model's: token {highest}, where the model has {size}")
     data.subset = bool(run.train_samples or run.eval_samples)
     data.scored = data.dev if run.split == "dev" else data.eval
     data.sha256 = hashlib.sha256(b"".join(
@@ -384,12 +390,15 @@ def load_tokenizer(run):
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(model_folder(run))
-        return transformers.AutoTokenizer.from_pretrained(model_folder(run)), config
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder(run))
     except Exception as error:  # the libraries raise many kinds; each means that this name cannot be used
         if os.environ.get("HF_HUB_OFFLINE") and not Path(run.model).is_dir():
             fail(f"--model {run.model}: no such folder here, not in the hub's cache, and the hub cannot be reached; pass a "
-                 "folder with --model, or try --dataset demo, which needs no network")
+                 "folder with --model (and one with the data by --data_dir), or try --dataset demo, which needs no network")
         fail(f"--model {run.model}: no usable config and tokenizer there ({first_line(error)})")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        fail(f"--model {run.model}: it has no tokenizer of its own")
+    return tokenizer, config
 
 
 def first_line(error):
@@ -413,7 +422,8 @@ def read_rows(run):
     except Exception as error:
         if not local.is_dir():
             fail(f"--dataset {run.dataset}: no folder {local}, and the hub ({HUB[run.dataset][0]}) gave nothing "
-                 f"({first_line(error)}); put parquet files into {local}, point --data_dir elsewhere, or try --dataset demo")
+                 f"({first_line(error)}); put parquet files into {local}, point --data_dir elsewhere (and --model to a "
+                 "folder), or try --dataset demo")
         fail(f"{where}: cannot read the files in {local.name} ({first_line(error)})")
     splits = {}
     for name in found:
@@ -527,6 +537,8 @@ def load_text(run, data, raw, tokenizer):
     for name, source in (("train", "train"), ("dev", "validation"), ("eval", "eval")):
         lines = [text.rstrip("\n").replace("<unk>", unknown) + "\n" for text in raw[source]["text"] if text.strip()]
         tokens, _ = flat(tokenise(lines, tokenizer, name, add_special_tokens=False))
+        if not (~torch.isin(tokens, data.special)).any():
+            fail(f"--dataset {run.dataset}: the {source if source != 'eval' else data.eval_split} split has no known word")
         blocks = [start + block.tolist() + end for block in tokens.split(run.max_length - len(start + end))]
         samples = run.train_samples if name == "train" else run.eval_samples
         rows = draw(range(len(blocks)), samples, "train" if name == "train" else "eval")
@@ -923,6 +935,11 @@ def backward(model, data, run, rows, inputs, flags, history, trained):
     """
     device = torch.device(run.device)
     scored = len(rows) if data.classes else scored_per_row(data.train, flags)[rows].sum().clamp(min=1).item()
+    lengths = data.train.lengths
+    history.rows += len(rows)
+    history.tokens += int(lengths[rows].sum())
+    history.padded += sum(len(part) * int(lengths[part].max()) for number in range(world())
+                          for part in rows[number::world()].split(run.batch_size) if len(part))
     loss = torch.zeros((), device=device)
     for part in rows[rank()::world()].split(run.batch_size):
         if len(part) == 0:
@@ -932,9 +949,6 @@ def backward(model, data, run, rows, inputs, flags, history, trained):
             part_loss = F.cross_entropy(forward(model, batch), batch.target, reduction="sum") / scored
         part_loss.backward()
         loss += part_loss.detach()
-        history.rows += len(part) * world()
-        history.tokens += int(data.train.lengths[part].sum()) * world()
-        history.padded += batch.ids.numel() * world()
     if world() > 1:  # adapters are small: one flat tensor, one all-reduce, nothing else is ever sent
         parts = [torch.zeros_like(t) if t.grad is None else t.grad for t in trained.values()]
         everything = torch.cat([loss[None], *(part.flatten() for part in parts)])
@@ -1050,9 +1064,13 @@ def save_checkpoint(run, model, optimizer, history):
         kept = {key: value for key, value in vars(history).items() if key not in ("before", "memory")}
         kept["memory"] = {"gradients": history.memory["gradients"]}
         unfinished = checkpoint_path(run).with_suffix(".tmp")
-        torch.save({"run": identity(run), "model": changing(model),
-                    "optimizer": optimizer.state_dict(), "history": kept}, unfinished)
-        unfinished.replace(checkpoint_path(run))
+        try:
+            torch.save({"run": identity(run), "model": changing(model),
+                        "optimizer": optimizer.state_dict(), "history": kept}, unfinished)
+            unfinished.replace(checkpoint_path(run))
+        except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
+            unfinished.unlink(missing_ok=True)
+            fail(f"--out {run.path.parent}: cannot write the checkpoint ({first_line(error)})", status=1)
 
 
 def resume(run, model, optimizer, history):
@@ -1187,11 +1205,12 @@ def measure(model, data, run, history):
     Seconds, bytes and floating-point operations (one multiply-add is two).
     """
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
-    owned = {id(getattr(module, key)) for module in adapters(model).values() for key in module.keys}
+    stand_ins = adapters(model).values()
+    adapter = [tensor for module in stand_ins if module.keys  # what is trained, and a method's masks over it
+               for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))]
     head = [tensor for name, tensor in model.named_parameters() if name in run.head]
     rest = [tensor for tensor in (*model.parameters(), *model.buffers())
-            if id(tensor) not in owned | {id(tensor) for tensor in head}]
-    adapter = [tensor for tensor in model.parameters() if id(tensor) in owned]
+            if id(tensor) not in {id(tensor) for tensor in (*adapter, *head)}]
     memory = {"base": tensor_bytes(rest), "adapter": tensor_bytes(adapter), "head": tensor_bytes(head), **history.memory,
               "inference_peak": run.inference_peak}
 
@@ -1200,14 +1219,16 @@ def measure(model, data, run, history):
     seconds = max(history.seconds, 1e-9)
     times = {
         "train_seconds": history.seconds, "epoch_seconds": history.epoch_seconds, "skipped_steps": skipped,
-        "step_ms": {"median": laps.median().item(), "p10": laps.quantile(0.1).item(), "p90": laps.quantile(0.9).item()},
+        "step_ms": {"median": laps.quantile(0.5).item(), "p10": laps.quantile(0.1).item(), "p90": laps.quantile(0.9).item()},
         "samples_per_second": history.rows / seconds, "tokens_per_second": history.tokens / seconds,
         "padded_tokens_per_second": history.padded / seconds, "accelerator_hours": history.seconds * world() / 3600}
 
-    inference = [time_inference(model, data, run, dtype, rows) for rows in (1, 32)]
-    flops = count_flops(model, data, run)
+    with room(run):
+        inference = [time_inference(model, data, run, dtype, rows) for rows in (1, 32)]
+        flops = count_flops(model, data, run)
     # A step of the fixed shape, scaled to the tokens that the run really computed; attention's square is left out here.
-    flops["train_total"] = flops["train_step"] * history.padded / (run.batch_size * run.max_length)
+    flops["train_total"] = flops["train_step"] * history.padded / (
+        run.batch_size * run.grad_accum * world() * run.max_length)
     stored = tensor_bytes(rest) + tensor_bytes(head)
     merged = stored
     if adapters(model):
@@ -1245,8 +1266,8 @@ def time_inference(model, data, run, dtype, rows):
     result = {"batch": rows, "length": length}
     for kind, values in laps.items():
         ms = torch.tensor(values, dtype=torch.float64) * 1000
-        result[kind] = {"latency_ms": {"mean": ms.mean().item(), "p50": ms.median().item(), "p95": ms.quantile(0.95).item()},
-                        "samples_per_second": rows / (ms.median().item() / 1000)}
+        result[kind] = {"latency_ms": {"mean": ms.mean().item(), "p50": ms.quantile(0.5).item(), "p95": ms.quantile(0.95).item()},
+                        "samples_per_second": rows / (ms.quantile(0.5).item() / 1000)}
     return result
 
 
@@ -1290,14 +1311,13 @@ def adapter_tensors(model, run):
 
 
 def save_adapter(model, data, run, method):
-    """Write the adapter and the head beside the result file, in PEFT's layout; returns the bytes on disk."""
+    """Write the adapter and the head in PEFT's layout, under temporary names: {file written: its final name}."""
     from safetensors.torch import save_file
     folder = run.path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model, run).items()}
-    unfinished = folder / "adapter_model.tmp"
-    save_file(tensors, unfinished, metadata={"base_sha256": run.model_sha256})  # a second key would make the bytes random
-    unfinished.replace(folder / "adapter_model.safetensors")
+    written = {folder / "adapter_model.tmp": folder / "adapter_model.safetensors"}
+    save_file(tensors, folder / "adapter_model.tmp", metadata={"base_sha256": run.model_sha256})  # two keys: random order
     if "peft" in method:
         task = {"classification": "SEQ_CLS", "mlm": None, "clm": "CAUSAL_LM"}[data.task]
         # PEFT saves and loads whole modules: the part of a head's name below the base model, "pooler" or "classifier".
@@ -1306,10 +1326,9 @@ def save_adapter(model, data, run, method):
                   "target_modules": run.targets, "modules_to_save": heads or None, "bias": "none",
                   "fan_in_fan_out": any(type(getattr(module, "base", None)).__name__ == "Conv1D"
                                         for module in adapters(model).values())} | method["peft"]
-        unfinished = folder / "adapter_config.tmp"
-        unfinished.write_text(json.dumps(config, indent=2) + "\n")
-        unfinished.replace(folder / "adapter_config.json")
-    return sum(file.stat().st_size for file in folder.iterdir())
+        (folder / "adapter_config.tmp").write_text(json.dumps(config, indent=2) + "\n")
+        written[folder / "adapter_config.tmp"] = folder / "adapter_config.json"
+    return written
 
 
 def load_adapter(model, data, run, method):
@@ -1396,9 +1415,11 @@ def save_result(model, data, run, method, history, metrics, costs):
     costs["parameters"] |= {"sparsity": info.pop("sparsity")} if "sparsity" in info else {}
     metrics = dict(metrics)
     correct = metrics.pop("correct", None)
+    unfinished = run.path.with_suffix(".tmp")
     try:
         with timed(run.seconds, "save"):
-            costs["disk"] = {"adapter": save_adapter(model, data, run, method), **costs["disk"]}
+            written = save_adapter(model, data, run, method)
+        costs["disk"] = {"adapter": sum(path.stat().st_size for path in written), **costs["disk"]}
         costs["time"] |= {"load": data.seconds["load"] + run.seconds["load"], "tokenise": data.seconds["tokenise"],
                           "evaluate": run.seconds["evaluate"], "save": run.seconds["save"]}
         result = {
@@ -1410,12 +1431,14 @@ def save_result(model, data, run, method, history, metrics, costs):
                       "subset": data.subset, "sha256": data.sha256},
             "metrics": metrics, "curve": history.curve, **costs, "correct": correct, "method_info": info,
             "environment": environment(run)}
-        unfinished = run.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        unfinished.replace(run.path)
-    except OSError as error:
-        run.path.with_suffix(".tmp").unlink(missing_ok=True)
-        fail(f"--out {run.path.parent}: cannot write the result ({error.strerror}); nothing was saved", status=1)
+        for path, final in [*written.items(), (unfinished, run.path)]:  # all is on disk; only now are old files replaced
+            path.replace(final)
+    except Exception as error:  # an OSError, or the libraries' own kinds of one
+        for path in (unfinished, *run.path.with_suffix("").glob("*.tmp")):
+            path.unlink(missing_ok=True)
+        fail(f"--out {run.path.parent}: cannot write the result ({getattr(error, 'strerror', None) or first_line(error)})",
+             status=1)
     times, memory = costs["time"], costs["memory"]
     say(f"trained {history.step:,} steps in {times['train_seconds']:.1f} s ({times['samples_per_second']:.0f} rows/s)"
         + (f", memory peak {memory['train_peak'] / 2**20:,.0f} MiB" if memory["train_peak"] else "")

@@ -4,13 +4,12 @@
 
 A small grammar writes reviews in which counting words is not enough: negation ("not a dull moment in the plot"), weak
 words ("hardly funny"), and contrast ("the plot is weak, but the acting saves it"), where word order says which clause
-decides. One in twenty praises one thing, blames another and leaves it at that; its label is the reviewer's own coin, so
-no model can score 100 %.
+decides. Six in a hundred praise one thing, blame another and stop there: a coin gives their label, so 97 % is best.
 
-The model is pre-trained on unlabelled text of the same grammar, in which each reviewer also says what he felt ("i loved
-it."): predicting that word, which no labelled row holds, teaches polarity. As in SKEP (Tian et al. 2020, arXiv
-2005.05635) it is always masked; of the other words a tenth. Plain statements come first, then negation, then contrast:
-in that order half a minute is enough. demo_lm's domain, restaurants, is one line in twenty of it.
+The model is pre-trained on unlabelled text of the same grammar, in which reviewers also say what they felt ("i loved
+it."): predicting that word, which no labelled row holds, teaches polarity. It is always masked, as in SKEP (Tian et al.
+2020, arXiv 2005.05635); of the others a tenth. Plain statements come first, then negation, then contrast: in that order
+half a minute is enough. The domain of demo_lm, restaurants, is one line in fifty.
 """
 
 import atexit
@@ -34,12 +33,13 @@ FILMS = ("plot acting script cast music ending dialogue pacing camera direction 
 FOOD = ("soup service waiter menu bread kitchen dessert steak wine sauce table salad coffee chef".split(),
         ["we sat near the window", "lunch was late", "my uncle paid the bill", "the dining room was full"])
 
-# {n} is a noun, {x} adjectives of the clause's own polarity, {y} of the opposite one
+# {n}: a noun; {x}: adjectives of the clause's own polarity, {y}: of the opposite; SHAPES: frequency in %, mixed last
 PLAIN = ("the {n} is {x}", "the {n} is really {x}", "i found the {n} {x}", "the {x} {n} stands out")
 NEGATED = ("the {n} is not {y}", "the {n} is hardly {y}", "the {n} is far from {y}", "the {n} is anything but {y}",
            "not a {y} moment in the {n}", "nobody would call the {n} {y}", "it is not true that the {n} is {y}")
 TWICE = ("nobody would say the {n} is not {x}", "you could not call the {n} anything but {x}")
-CONTRAST = ("{other}, but {this}", "{other}, but {this}", "although {other}, {this}", "{this}, even if {other}")
+SHAPES = {"{this}": 36, "{this} and {same}": 26, "{other}, but the {n} {saves} it": 10, "{other}, but {this}": 12,
+          "although {other}, {this}": 6, "{this}, even if {other}": 4, "{this} and {other}": 3, "{other} and {this}": 3}
 
 
 def clause(rng, good, domain, weights):
@@ -51,19 +51,10 @@ def clause(rng, good, domain, weights):
 
 def review(rng, good, domain=FILMS):
     """One to three sentences that say, on the whole, good or bad."""
-    kind = rng.random()
-    weights = (64, 32, 4) if kind < 0.62 else (85, 15, 0)  # a contrast is hard enough without negation on both sides
-    this, other = clause(rng, good, domain, weights), clause(rng, not good, domain, weights)
-    if kind < 0.36:
-        text = this
-    elif kind < 0.62:
-        text = f"{this} and {clause(rng, good, domain, weights)}"
-    elif kind < 0.72:
-        text = f"{other}, but the {rng.choice(domain[0])} {'saves' if good else 'ruins'} it"
-    elif kind < 0.95:
-        text = rng.choice(CONTRAST).format(this=this, other=other)
-    else:
-        text = " and ".join(rng.sample((this, other), 2))  # mixed: nothing in it tells the label
+    shape = rng.choices([*SHAPES], [*SHAPES.values()])[0]
+    weights = (85, 15, 0) if "other" in shape else (64, 32, 4)  # contrast is hard enough with little negation
+    this, same, other = (clause(rng, side, domain, weights) for side in (good, good, not good))
+    text = shape.format(this=this, same=same, other=other, n=rng.choice(domain[0]), saves="saves" if good else "ruins")
     aside = rng.choice(domain[1])
     return rng.choice((*[f"{text}."] * 3, f"{aside}. {text}.", f"{text}. {aside}."))
 
@@ -71,10 +62,8 @@ def review(rng, good, domain=FILMS):
 def confession(rng, domain, stage=1.0):
     """A line of unlabelled text: a review and what the reviewer felt. `stage` in 0…1: first plain, then harder."""
     good = rng.random() < 0.5
-    if stage > 0.35 and rng.random() < 0.9:
-        text = review(rng, good, domain)
-    else:
-        text = clause(rng, good, domain, (1, 0, 0) if stage < 0.17 else (50, 45, 5)) + "."
+    hard, weights = stage > 0.35 and rng.random() < 0.9, (1, 0, 0) if stage < 0.17 else (50, 45, 5)
+    text = review(rng, good, domain) if hard else clause(rng, good, domain, weights) + "."
     felt = f"i {rng.choice(LOVED if good else HATED)} it."
     return rng.choice((f"{felt} {text}", f"{text} {felt}"))
 
@@ -88,7 +77,6 @@ def splits(lm=False):
     sizes = {"train": 2000, "validation": 300, "test": 300} if lm else {"train": 2000, "test": 1000}
     for name, size in sizes.items():
         labels, texts = [i % 2 for i in range(size)], []
-        rng.shuffle(labels)
         while len(texts) < size:
             text = confession(rng, FOOD) if lm else review(rng, labels[len(texts)] == 1)
             if text not in seen:
@@ -102,16 +90,13 @@ def pretrain(folder, steps=2000, batch=32):
     """Train the tiny DistilBERT on unlabelled text by masked language modelling; model and tokenizer go to `folder`."""
     import torch
     from torch.optim.lr_scheduler import LambdaLR
-    from transformers import BertTokenizer, DistilBertConfig, DistilBertForMaskedLM
-    from transformers.utils import logging
+    from transformers import BertTokenizer, DistilBertConfig, DistilBertForMaskedLM, logging
     logging.disable_progress_bar()
-
     grammar = " ".join([*GOOD, *BAD, *LOVED, *HATED, *FILMS[0], *FILMS[1], *FOOD[0], *FOOD[1], *PLAIN, *NEGATED,
-                        *TWICE, *CONTRAST, "saves ruins and i it"])
+                        *TWICE, *SHAPES, "ruins i it"])
     words = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ",", ".", *re.findall("[a-z]+", grammar)])
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(words)}, model_max_length=128)
     felt = torch.tensor(tokenizer.convert_tokens_to_ids(LOVED + HATED))
-
     rng, threads = random.Random(0), torch.get_num_threads()
     torch.set_num_threads(1)  # matrices this small gain little from a second one, and on a busy machine lose tenfold
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had happened
@@ -124,12 +109,11 @@ def pretrain(folder, steps=2000, batch=32):
         schedule = LambdaLR(optimizer, lambda i: min(1, (i + 1) / 150, 4 * (steps - i) / steps))
         for step in range(steps):
             if step % 16 == 0:  # lines for 16 batches, of like length within a batch: half the padding
-                domains = rng.choices((FILMS, FOOD), (19, 1), k=16 * batch)
-                rows = tokenizer([confession(rng, domain, step / steps) for domain in domains])["input_ids"]
-                rows.sort(key=len)
+                lines = [confession(rng, rng.choice([FILMS] * 49 + [FOOD]), step / steps) for _ in range(16 * batch)]
+                rows = sorted(tokenizer(lines)["input_ids"], key=len)
                 parts = rng.sample([rows[i:i + batch] for i in range(0, len(rows), batch)], 16)
             part = parts[step % 16]
-            if step % 4 == 0 and step > steps / 3:  # running text too: demo_lm is cut into blocks, and no line is as long
+            if step % 4 == 0 and step > steps / 3:  # running text too: demo_lm's blocks are longer than a line
                 text, size = sum((row[1:-1] for row in part), []), rng.choice((62, 126))
                 part = [[2, *text[i:i + size], 3] for i in range(0, len(text), size)]
             tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in part], batch_first=True)  # (B, L)
@@ -178,8 +162,7 @@ def main():
     for name, rows in splits().items():
         for text, label in list(zip(rows["text"], rows["label"], strict=True))[:4]:
             print(f"{name}  {label}  {text}")
-    for text in splits(lm=True)["train"]["text"][:3]:
-        print(f"lm     –  {text}")
+    print(*(f"lm     –  {text}" for text in splits(lm=True)["train"]["text"][:3]), sep="\n")
     print(model())
 
 

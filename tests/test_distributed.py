@@ -48,22 +48,24 @@ def stopping(*args):  # before the step that the job names, if it names one
 sys.addaudithook(watch)
 common.collate, common.backward = collating, stopping
 for job in jobs:
+    if "dies" in job:  # the last one: what came before it is kept
+        with open({log!r} + str(rank), "w") as file:
+            file.write(json.dumps(log))
     log.append(["job", job["name"]])
     steps, sys.argv = [0], job["argv"]
     try:
-        runpy.run_path(os.path.join({root!r}, job["argv"][0]), run_name="__main__")
+        if job["argv"][0] == "common.py":  # run as a script it would be a second copy, which nobody watches
+            common.main(job["argv"][1:])
+        else:
+            runpy.run_path(os.path.join({root!r}, job["argv"][0]), run_name="__main__")
     except KeyboardInterrupt:
         pass
-lines = json.dumps(log)
-with open({log!r} + str(rank), "w") as file:
-    file.write(lines)
 """
-TRAINED = ["--epochs", 8, "--lr", 5e-3, "--head_lr", 5e-3, "--max_length", 24, "--train_samples", 33, "--eval_batch_size", 7]
+TRAINED = ["--epochs", 16, "--lr", 5e-3, "--head_lr", 5e-3, "--train_samples", 33, "--eval_batch_size", 7]
 METHODS = {  # 33 rows in global batches of 16: the last has one row, which leaves the second process without any
-    "lora": ["lora.py"], "qlora": ["qlora.py", "--nf4_backend", "torch"], "hira": ["hira.py", "--lr", 0.05],
-    "prune": ["sparse_lora.py", "--penalty", 0.05, "--epochs", 12],
-    "rank": ["sparse_lora.py", "--structure", "rank", "--epochs", 12], "head only": ["common.py", "--head_lr", 0.05],
-    "full": ["common.py", "--full"]}
+    "lora": ["lora.py"], "qlora": ["qlora.py", "--nf4_backend", "torch"], "hira": ["hira.py"],
+    "prune": ["sparse_lora.py", "--penalty", 0.05], "full": ["common.py", "--full", "--lr", 5e-4]}
+FALLEN = {"masked": 0.95, "causal": 0.95}  # words drawn at random cannot be learnt much better
 OTHERS = {
     "accumulated": ["lora.py", "--grad_accum", 2, "--batch_size", 4],  # the same global batch of 16
     "resumed": ["lora.py", "--save_every", 2]}
@@ -78,15 +80,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def launch(folder, jobs, script=None):
-    """Run jobs, or one script with its flags, in two processes; returns the finished launcher."""
-    folder.mkdir(exist_ok=True)
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    driver = folder / "driver.py"
-    driver.write_text(DRIVER.format(root=str(ROOT), jobs=str(folder / "jobs.json"), out=str(folder / "out"),
-                                    log=str(folder / "log")))
+def launch(script, *words):
+    """Run a script in two processes; returns the finished launcher."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=localhost:0", *map(str, script or [driver])]
+               "--rdzv_endpoint=localhost:0", str(script), *map(str, words)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600,
                           env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
 
@@ -100,19 +97,24 @@ def outcome(folder):
 def both(models, reviews, text_dir, tmp_path_factory):
     """Every job by two processes with batches of 8: their folder, their log by job and rank, and how to get one process's."""
     folder = tmp_path_factory.mktemp("two")
-    rows = ["--dataset", reviews, "--model", models("distilbert"), *TRAINED]
-    text = ["--dataset", "wikitext2", "--data_dir", text_dir, "--model", models("bert", "MaskedLM"), *TRAINED, "--lr", 0.02]
+    rows = ["--dataset", reviews, "--model", models("distilbert"), "--max_length", 24, *TRAINED]
+    text = ["--dataset", "wikitext2", "--data_dir", text_dir, "--model", models("bert", "MaskedLM"), "--max_length", 12,
+            *TRAINED]
     flags = {name: [script, *rows, *own] for name, (script, *own) in (METHODS | OTHERS).items()}
-    flags |= {"masked": ["lora.py", *text], "causal": ["hira.py", *text, "--lr", 0.05, "--model", models("gpt2", "CausalLM")]}
+    flags |= {"masked": ["lora.py", *text], "causal": ["hira.py", *text, "--model", models("gpt2", "CausalLM")]}
 
     def job(name, **more):
         script, *words = flags[name]
         words = words if "--batch_size" in words else [*words, "--batch_size", 8]
         return {"name": name, "argv": list(map(str, [script, *words, "--out", folder / "out" / name]))} | more
     jobs = [job(name) for name in flags if name != "resumed"]
-    jobs += [job("resumed", stop=8), job("resumed")]
-    done = launch(folder, jobs)
-    assert done.returncode == 0, done.stderr[-3000:]
+    jobs += [job("resumed", stop=8), job("resumed"), job("lora", dies=3) | {"name": "dead"}]
+    jobs[-1]["argv"][-1] = str(folder / "dead")
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), jobs=str(folder / "jobs.json"), out=str(folder / "out"),
+                                                    log=str(folder / "log")))
+    done = launch(folder / "driver.py")
+    assert (folder / "log0").exists() and (folder / "log1").exists(), done.stderr[-3000:]
     logs = []
     for rank in (0, 1):
         by_job = {}
@@ -139,10 +141,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(both, name):
     folder, _, alone, _ = both
     (two, together), (one, single) = outcome(folder / name), alone(name)
     losses = [point["train_loss"] for point in one["curve"]]
-    fallen = min(losses[-6:]) / losses[0]
-    assert fallen < 0.5 or name in ("head only", "masked", "causal") and fallen < 0.97, fallen
+    assert min(losses[-6:]) / losses[0] < FALLEN.get(name, 0.5)
     assert single.keys() == together.keys() and single
     for key, tensor in single.items():
+        if key.endswith("k_lin.bias"):  # it adds the same to all scores of a query, so its gradient is rounding alone
+            continue
         torch.testing.assert_close(together[key], tensor, rtol=1e-4, atol=1e-5)
     assert [point["train_loss"] for point in two["curve"]] == pytest.approx(losses, rel=1e-3, abs=1e-4)
     assert [point["lr"] for point in two["curve"]] == [point["lr"] for point in one["curve"]]
@@ -159,7 +162,8 @@ def test_scores_equal_those_of_one_process(both, name):
         for key in (scores or {}).keys() - {"merged"}:
             assert scores[key] == pytest.approx(wanted[key], rel=1e-4), key
     assert two["time"]["accelerator_hours"] == pytest.approx(2 * two["time"]["train_seconds"] / 3600)
-    assert two["flops"]["train_step"] == pytest.approx(one["flops"]["train_step"], rel=1e-6)  # the same global batch
+    if "hira" not in two["method"]:  # whose B·A is rebuilt in each process
+        assert two["flops"]["train_step"] == pytest.approx(one["flops"]["train_step"], rel=1e-6)  # the same global batch
 
 
 @pytest.mark.parametrize("name", [*METHODS, "accumulated", "masked", "causal"])
@@ -182,25 +186,25 @@ def test_every_row_is_used_once(both, name):
 
 def test_only_the_first_process_writes(both):
     folder, logs, _, done = both
-    wrote = [[what for log in logs[rank].values() for kind, what in log if kind == "write"] for rank in (0, 1)]
-    assert wrote[1] == [] and len(wrote[0]) > len(METHODS)
-    assert not [path for path in folder.rglob("*") if path.suffix in (".tmp", ".checkpoint")]
     runs = len(METHODS) + len(OTHERS) + 2
     assert done.stdout.count("wrote") == runs and done.stdout.count("seed 0: ") == runs  # nor does another one speak
     assert "continuing at step 6" in done.stdout
+    assert not [path for path in folder.rglob("*") if path.suffix in (".tmp", ".checkpoint")]
+    wrote = [[what for log in logs[rank].values() for kind, what in log if kind == "write"] for rank in (0, 1)]
+    assert len(wrote[0]) > len(METHODS) and wrote[1] == []
 
 
-def test_a_process_that_dies_ends_the_job(models, reviews, tmp_path):
+def test_a_process_that_dies_ends_the_job(both):
     """In the middle of training: the other one does not wait for ever, the launcher fails, and there is no result."""
-    words = ["lora.py", "--dataset", reviews, "--model", models("distilbert"), *TRAINED, "--out", tmp_path / "out"]
-    done = launch(tmp_path, [{"name": "lora", "argv": list(map(str, words)), "dies": 3}])
+    folder, _, _, done = both
     assert done.returncode != 0 and "this rank dies" in done.stderr
-    assert not list(tmp_path.rglob("seed0.json"))
+    assert list(folder.parent.glob("dead")) and not [path for path in (folder.parent / "dead").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_wrong_input_ends_the_job(models, reviews, tmp_path):
     """By the command of the README: torchrun ends with an error, our line is there, and nothing is written."""
-    done = launch(tmp_path, [], ["lora.py", "--dataset", reviews, "--model", models("distilbert"), "--max_length", 24,
-                                 "--targets", "nothing", "--out", tmp_path / "out"])
+    done = launch("lora.py", "--dataset", reviews, "--model", models("distilbert"), "--max_length", 24, "--targets", "nothing",
+                  "--out", tmp_path / "out")
     assert done.returncode != 0 and "lora.py: error: --targets nothing" in done.stderr
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

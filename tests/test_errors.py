@@ -71,7 +71,7 @@ def refused(capfd, module, words, named, status=2):
 
 FLAGS = [  # script, flags beside the good ones, what the line must name
     ("lora", "--dataset sst3", ["--dataset sst3", "imdb", "wikitext2", "demo"]),
-    ("lora", "--rank 0", ["--rank", "'0'", "1 or more"]), ("hira", "--rank -3", ["--rank", "'-3'"]),
+    ("lora", "--rank 0", ["--rank", "'0'", "whole number"]), ("hira", "--rank -3", ["--rank", "'-3'"]),
     ("qlora", "--rank 2.5", ["--rank", "'2.5'"]), ("sparse_lora", "--rank eight", ["--rank", "'eight'"]),
     ("lora", "--lr 0", ["--lr", "'0'", "positive"]), ("hira", "--lr -1", ["--lr", "'-1'", "positive"]),
     ("qlora", "--lr nan", ["--lr", "'nan'"]), ("sparse_lora", "--lr abc", ["--lr", "'abc'"]),
@@ -582,12 +582,9 @@ def process(tmp_path, script, *words, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("script, words, named", [
-    ("hira.py", ["--dataset", "demo", "--rank", 0], ["hira.py", "--rank", "'0'"]),
-    ("sparse_lora.py", ["--dataset", "nowhere"], ["sparse_lora.py", "--dataset nowhere", "demo"])])
-def test_wrong_flags_of_a_process(tmp_path, script, words, named):
-    status, out, error = process(tmp_path, script, *words)
-    assert status == 2 and out == "" and error.count("\n") == 1 and all(name in error for name in named), error
+def test_a_wrong_flag_of_a_process(tmp_path):
+    status, out, error = process(tmp_path, "hira.py", "--dataset", "demo", "--rank", 0)
+    assert status == 2 and out == "" and error.count("\n") == 1 and "hira.py: error: argument --rank: '0'" in error, error
 
 
 def test_a_wrong_folder_of_a_process(models, tmp_path):
