@@ -857,7 +857,7 @@ def train(model, data, run, method):
     report_size(run, model)
     model.to(device)
     reset_peak(device)
-    history = SimpleNamespace(curve=[], laps=[], epoch_seconds=[], seconds=0.0, rows=0, tokens=0, padded=0, step=0,
+    history = SimpleNamespace(curve=[], laps=[], window=[], epoch_seconds=[], seconds=0.0, rows=0, tokens=0, padded=0, step=0,
                               before=resident(device), memory={})
     optimizer = method["optimizer"](groups) if "optimizer" in method else torch.optim.AdamW(groups, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -870,13 +870,14 @@ def train(model, data, run, method):
     every = max(1, total // 50)
     resume(run, model, optimizer, history)
     after_step(history.step, total, 0.0)
-    window = []  # (step, lr, loss) since the last look; looking at each loss at once would make a GPU wait
     bar = tqdm(total=total, initial=history.step, desc=f"{run.name} seed {run.seed}", leave=False,
                disable=None if rank() == 0 else True)
     clock = Clock(device, history)
     with room(run), stop_signals() as stop, bar:
         while history.step < total:
             epoch, done = divmod(history.step, per_epoch)
+            if run.split == "dev" and history.step and not done:
+                history.curve[-1]["dev_loss"] = score(model, data, run)["loss"]
             inputs, flags = predicted_tokens(data, data.train, run.seed, epoch)
             batches = order(lengths, size, run.seed, epoch)[done:]
             model.train()
@@ -887,8 +888,8 @@ def train(model, data, run, method):
                     group["lr"] = lr * scale
                 lr = optimizer.param_groups[0]["lr"]
                 torch.manual_seed(stream(run.seed, "dropout", step, rank()))  # so that a continued run draws the same
-                window.append((step, lr, backward(model, data, run, data.train.rows[picked], inputs, flags, history,
-                                                   trained)))
+                loss = backward(model, data, run, data.train.rows[picked], inputs, flags, history, trained)
+                history.window.append((step, lr, loss))
                 torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
                 if step == 1:
                     history.memory["gradients"] = sum(tensor.grad.nbytes for tensor in trained.values())
@@ -898,33 +899,31 @@ def train(model, data, run, method):
                 history.step = step
                 clock.lap()
                 bar.update()
-                save = step < total and (stop or run.save_every and step % run.save_every == 0)
-                pause = save or step == total or step % per_epoch == 0
-                if pause or step % every == 0:
-                    look(history, window, per_epoch, bar)
+                epoch_ends = step == total or step % per_epoch == 0
+                if epoch_ends or step % every == 0:
+                    look(history, per_epoch, bar)
                 if step == 20:
                     announce((total - step) * clock.elapsed() / step)
-                if pause:
+                save = step < total and (stop or run.save_every and step % run.save_every == 0)
+                if epoch_ends or save:
                     clock.stop()
-                    if not save or step % per_epoch == 0:
+                    if epoch_ends:
                         history.epoch_seconds.append(history.seconds - sum(history.epoch_seconds))
                     if save:
                         save_checkpoint(run, model, optimizer, history)
-                    if stop and save:
-                        bar.close()
-                        fail(f"stopped at step {step} of {total}; the same command continues from there", 128 + stop[0])
                     clock.start()
+                if stop:
+                    bar.close()
+                    fail(f"stopped at step {step} of {total}; the same command continues from "
+                         f"{'there' if save else 'the last checkpoint'}", 128 + stop[0])
                 if step == total:
                     break
             clock.stop()
-            if run.split == "dev" and history.step < total:
-                history.curve[-1]["dev_loss"] = score(model, data, run)["loss"]
     history.memory |= {
         "device": device.type, "before_training": history.before, "train_peak": peak(device),
         "reserved_peak": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
         "optimizer": sum(value.nbytes for state in optimizer.state.values() for value in state.values()
                          if torch.is_tensor(value))}
-    checkpoint_path(run).unlink(missing_ok=True)
     return history
 
 
@@ -1003,18 +1002,21 @@ class Clock:
         self.marks = self.marks[-1:]
 
 
-def look(history, window, per_epoch, bar):
-    """Check the losses since the last look and put their mean into the curve. A loss that is not finite ends the run."""
-    losses = torch.stack([loss for _, _, loss in window]).cpu()
-    for (step, lr, _), finite in zip(window, losses.isfinite().tolist(), strict=True):
+def look(history, per_epoch, bar):
+    """Check the losses since the last look and put their mean into the curve. A loss that is not finite ends the run.
+
+    history.window holds (step, learning rate, loss). It is read now and then only: each reading makes a GPU wait.
+    """
+    losses = torch.tensor([float(loss) for _, _, loss in history.window])
+    for (step, lr, _), finite in zip(history.window, losses.isfinite().tolist(), strict=True):
         if not finite:
             bar.close()
             fail(f"the loss is no longer finite at step {step}, learning rate {lr:.3g}; try a smaller --lr or --head_lr",
                  status=1)
-    step, lr, _ = window[-1]
+    step, lr, _ = history.window[-1]
     history.curve.append({"step": step, "epoch": round(step / per_epoch, 4), "lr": lr, "train_loss": losses.mean().item()})
     bar.set_postfix(loss=f"{history.curve[-1]['train_loss']:.3f}", lr=f"{lr:.1e}")
-    window.clear()
+    history.window.clear()
 
 
 def announce(seconds):
@@ -1063,6 +1065,7 @@ def save_checkpoint(run, model, optimizer, history):
         run.path.parent.mkdir(parents=True, exist_ok=True)
         kept = {key: value for key, value in vars(history).items() if key not in ("before", "memory")}
         kept["memory"] = {"gradients": history.memory["gradients"]}
+        kept["window"] = [(step, lr, float(loss)) for step, lr, loss in history.window]
         unfinished = checkpoint_path(run).with_suffix(".tmp")
         try:
             torch.save({"run": identity(run), "model": changing(model),
@@ -1266,8 +1269,9 @@ def time_inference(model, data, run, dtype, rows):
     result = {"batch": rows, "length": length}
     for kind, values in laps.items():
         ms = torch.tensor(values, dtype=torch.float64) * 1000
-        result[kind] = {"latency_ms": {"mean": ms.mean().item(), "p50": ms.quantile(0.5).item(), "p95": ms.quantile(0.95).item()},
-                        "samples_per_second": rows / (ms.quantile(0.5).item() / 1000)}
+        p50, p95 = ms.quantile(0.5).item(), ms.quantile(0.95).item()
+        result[kind] = {"latency_ms": {"mean": ms.mean().item(), "p50": p50, "p95": p95},
+                        "samples_per_second": rows / (p50 / 1000)}
     return result
 
 
@@ -1409,6 +1413,7 @@ def environment(run):
 
 def save_result(model, data, run, method, history, metrics, costs):
     """Write the adapter and, last and by rename, the result file, so that a result file means a finished run."""
+    from safetensors import SafetensorError
     if rank() != 0:
         return run.path
     info = {"targets": getattr(run, "targets", None)} | method.get("info", dict)()
@@ -1434,7 +1439,8 @@ def save_result(model, data, run, method, history, metrics, costs):
         unfinished.write_text(json.dumps(result, indent=1) + "\n")
         for path, final in [*written.items(), (unfinished, run.path)]:  # all is on disk; only now are old files replaced
             path.replace(final)
-    except Exception as error:  # an OSError, or the libraries' own kinds of one
+        checkpoint_path(run).unlink(missing_ok=True)
+    except (OSError, RuntimeError, SafetensorError) as error:  # the libraries have their own words for a full disk
         for path in (unfinished, *run.path.with_suffix("").glob("*.tmp")):
             path.unlink(missing_ok=True)
         fail(f"--out {run.path.parent}: cannot write the result ({getattr(error, 'strerror', None) or first_line(error)})",

@@ -262,7 +262,8 @@ def test_unk_is_one_token_in_byte_level_vocabularies(tmp_path, unknown):
     core = Tokenizer(BPE(vocabulary, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token=unknown, eos_token=unknown)
-    data = SimpleNamespace(task="clm", unknown=tokenizer.unk_token_id, mask=None)
+    unk = tokenizer.unk_token_id
+    data = SimpleNamespace(task="clm", unknown=unk, mask=None, special=torch.tensor([unk]))
     run = SimpleNamespace(dataset="wikitext2", model="made here", max_length=8, train_samples=None, eval_samples=None)
     texts = ["the <unk> sat on <unk> mats\n", "", "<unk>\n"]
     raw = {name: {"text": texts} for name in ("train", "validation", "eval")}

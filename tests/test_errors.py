@@ -289,6 +289,12 @@ def pickled(folder):
     (folder / "model.safetensors").unlink()
 
 
+def torch_pickled(folder):
+    """Weights that torch.load could read: still not safetensors."""
+    torch.save(load((folder / "model.safetensors").read_bytes()), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
 def remote_code(folder):
     """A configuration that wants its own Python file run."""
     (folder / "evil.py").write_text(f"open({str(folder / 'read')!r}, 'w')\nfrom transformers import DistilBertConfig as Evil\n")
@@ -308,7 +314,7 @@ MODELS = {
     "other sizes than the config's": (config_changed(hidden_dim=48), []),
     "more layers than the weights": (config_changed(n_layers=3), ["layer.2"]),
     "fewer words than the tokenizer": (config_changed(vocab_size=7), []),
-    "a pickle": (pickled, []), "code of its own": (remote_code, [])}
+    "a pickle": (pickled, []), "a pickle of tensors": (torch_pickled, []), "code of its own": (remote_code, [])}
 
 
 @pytest.mark.parametrize("case", MODELS)

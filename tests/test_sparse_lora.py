@@ -103,7 +103,8 @@ def test_without_sparsity_and_penalty_it_is_lora_bit_for_bit(models, reviews, tm
 def test_share_of_zeros_is_exact(sparsity, steps, models, tmp_path):
     """In each A and each B, saved and reported; also after a single step."""
     model, run, method, _ = pruned("distilbert", models, tmp_path, "--sparsity", sparsity, steps=steps)
-    common.save_adapter(model, toy_data("distilbert"), run, method)
+    for path, final in common.save_adapter(model, toy_data("distilbert"), run, method).items():
+        path.replace(final)
     saved = load_file(run.path.with_suffix("") / "adapter_model.safetensors")
     factors = [tensor for name, tensor in saved.items() if "lora_" in name]
     assert len(factors) == 8
@@ -189,7 +190,8 @@ def test_rank_structure_keeps_the_budget_and_the_scale(models, tmp_path):
     for (path, (A, B)), component in zip(full.items(), norms, strict=True):
         best = component.topk(ranks[path]).indices.sort().values
         assert torch.equal(layers[path].A, A[best]) and torch.equal(layers[path].B, B[:, best])
-    common.save_adapter(model, toy_data(kind), run, method)
+    for path, final in common.save_adapter(model, toy_data(kind), run, method).items():
+        path.replace(final)
     folder = run.path.with_suffix("")
     saved = load_file(folder / "adapter_model.safetensors")
     assert {path: len(saved[f"base_model.model.{path}.lora_A.weight"]) for path in ranks} == ranks

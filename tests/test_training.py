@@ -138,6 +138,23 @@ def test_every_method_sees_the_same_batches_and_head(models, reviews, text_dir, 
         assert all(torch.equal(heads[name][key], heads["lora"][key]) for key in heads["lora"]), name
 
 
+def test_every_step_draws_its_own_dropout(models, reviews, tmp_path, monkeypatch):
+    """The generator is seeded before each step: by the run's seed and the step, alike for all methods."""
+    backward, seeds = common.backward, {}
+    for name, seed in (("lora", 0), ("hira", 0), ("lora", 1)):
+        module, more = EVERY[name]
+        drawn = seeds[name, seed] = []
+
+        def record(*args, drawn=drawn):
+            drawn.append(torch.initial_seed())
+            return backward(*args)
+        run, data, model, method = ready(module, tmp_path, *rows_flags(models, reviews), *more, "--seeds", seed,
+                                         "--max_steps", 6)
+        monkeypatch.setattr(common, "backward", record)
+        common.train(model, data, run, method)
+    assert seeds["lora", 0] == seeds["hira", 0] and len(set(seeds["lora", 0] + seeds["lora", 1])) == 12
+
+
 def test_seeds_move_head_adapter_order_and_masks(models, text_dir, tmp_path):
     parts = []
     for seed in (0, 1):
