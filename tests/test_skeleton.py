@@ -207,3 +207,9 @@ def test_only_hira_and_nobody_else_changes_the_learning_rate():
     rates = {name: parser_of(name).get_default("lr") for name in SCRIPTS}
     assert rates["hira"] > rates["lora"] == rates["qlora"] == rates["sparse_lora"] == rates["common"]
     assert len({parser_of(name).get_default("head_lr") for name in SCRIPTS}) == 1
+
+
+def test_readme_holds_the_memory_table_as_computed():
+    """README's table of larger models is what tests/bench_memory.py prints."""
+    import bench_memory
+    assert bench_memory.table() in (ROOT / "README.md").read_text("utf-8")
