@@ -170,6 +170,8 @@ def parse_args(doc, file, add_args, argv=None):
     add("--name", help="the result's name (default: the script's, and each method flag that is not at its default)")
     add("--force", action="store_true", help="run again where a result exists, and replace it")
     add("--eval_only", type=Path, metavar="FOLDER", help="score a saved adapter instead of training one")
+    add("--quality_only", action="store_true", help="time no inference and count no FLOPs: for runs beside other work, whose "
+        "times are worth nothing; runs with --split dev never do")
     add("--save_every", type=count, metavar="STEPS", help="write a checkpoint this often; the same command continues from it")
     shared = {action.dest for action in parser._actions}
     parser.set_defaults(method=Path(file).stem)
@@ -228,7 +230,8 @@ def format_value(value):
 
 def settings(run):
     """The flags that decide a run's outcome: all but where it runs, where it writes and how often it saves."""
-    where = {"seeds", "seed", "out", "force", "device", "data_dir", "eval_only", "save_every", "name", "command"}
+    where = {"seeds", "seed", "out", "force", "device", "data_dir", "eval_only", "save_every", "name", "command",
+             "quality_only"}
     flags = {key: value for key, value in sorted(vars(run).items()) if key not in where}
     for key in ("model", "dataset"):
         if Path(flags[key]).is_absolute():
@@ -589,11 +592,14 @@ def collate(data, split, rows, inputs, flags):
 def order(lengths, size, *seed):
     """Batches of `size` rows for one epoch: rows of like length together (little padding), batches in random order.
 
-    Returns a list of index tensors that covers every row once; the last batch by length may be smaller.
+    Returns a list of index tensors that covers every row once; the last batch by length may be smaller. The one with the
+    most tokens comes first: memory that does not suffice shows at once, and later batches fit into what it leaves behind.
     """
     shuffled = torch.randperm(len(lengths), generator=generator(*seed, "order"))
     groups = shuffled[lengths[shuffled].argsort(stable=True)].split(size)
-    return [groups[i] for i in torch.randperm(len(groups), generator=generator(*seed, "batches"))]
+    batches = torch.randperm(len(groups), generator=generator(*seed, "batches")).tolist()
+    largest = max(batches, key=lambda i: len(groups[i]) * lengths[groups[i][-1]])
+    return [groups[i] for i in sorted(batches, key=lambda i: i != largest)]
 
 
 # --------------------------------------------------------------------------------------------------- the base model
@@ -644,8 +650,10 @@ def load_base(run, data):
                     tensor.data = tensor.bfloat16()
         if run.checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if not data.decoder and torch.device(run.device).type == "cpu":
-        quicken(model)
+    if torch.device(run.device).type == "cpu":
+        keep_freed_memory()
+        if not data.decoder:
+            quicken(model)
     if data.task != "classification":
         def keep_scored(module, inputs, output):  # logits of unscored rows would be most of the memory: 500 MB a batch
             output.last_hidden_state = output.last_hidden_state[model.rows[1]][None]  # (1, scored, hidden)
@@ -723,20 +731,36 @@ def plain(model, merged, dtype):
             model.set_submodule(path, module)
 
 
-# ------------------------------------------------------------------------------------------- dropout on a CPU
+# ------------------------------------------------------------------------------------------------ speed on a CPU
+
+
+def keep_freed_memory():
+    """Have glibc keep what is freed for the next tensor. It returns each tensor above 32 MiB to the system and asks for it
+    anew; at IMDB's lengths those page faults take as long as the mathematics."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself
+            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is returned unasked; reset_peak asks
+
+
+def kept_entries(x, p):
+    """Which entries of x dropout keeps, and the scale that makes up for the others: (bool like x, float).
+
+    16 random bits an entry, four entries a draw: on a CPU torch draws a number per entry, which takes longer than the linear
+    layers around it. The share dropped is p rounded to 1/65,536, and the scale is that of the share kept.
+    """
+    dropped = round(p * 65536)
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+    return (bits[:x.numel()] >= dropped - 32768).view(x.shape), 65536 / (65536 - dropped)
 
 
 class QuickDropout(torch.autograd.Function):
-    """Dropout by 16 random bits an entry, four entries a draw. On a CPU torch draws a number per entry, which takes longer
-    than the linear layers around it. The share kept is p rounded to 1/65,536, and the scale is that share's inverse."""
+    """Dropout of x with the share p, by kept_entries."""
 
     @staticmethod
     def forward(ctx, x, p):
-        dropped = round(p * 65536)
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        ctx.kept = (bits[:x.numel()] >= dropped - 32768).view(x.shape)
-        ctx.scale = 65536 / (65536 - dropped)
-        return torch.ops.aten.native_dropout_backward(x, ctx.kept, ctx.scale)  # x·kept·scale in one pass
+        ctx.kept, ctx.scale = kept_entries(x, p)
+        return torch.ops.aten.native_dropout_backward(x, ctx.kept, ctx.scale)  # x·kept·scale
 
     @staticmethod
     def backward(ctx, grad):
@@ -748,18 +772,39 @@ class Dropout(nn.Dropout):
         return QuickDropout.apply(x, self.p) if self.training and self.p and x.device.type == "cpu" else super().forward(x)
 
 
-def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **options):
-    """Attention over heads (B, heads, L, width) -> (B, L, heads, width); with quick dropout where an encoder trains on a CPU.
+class QuickAttention(torch.autograd.Function):
+    """dropout(softmax(scaling·Q·Kᵀ))·V: q, k, v (B, heads, L, width), mask (B, 1, L, L) bool or None -> (B, L, heads, width).
 
-    Everything else goes to torch's fused kernels, the libraries' default.
+    The backward pass needs each weight w before and after dropout: one tensor holds w where it is kept and -w where it is not.
     """
-    if not dropout or query.device.type != "cpu" or mask is None and getattr(module, "is_causal", False):
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, p, scaling):
+        w = (q * scaling) @ k.mT
+        w = (w if mask is None else w.masked_fill_(~mask, -math.inf)).softmax(-1)
+        kept, ctx.scale = kept_entries(w, p)
+        signed, ctx.scaling = torch.where(kept, w, -w), scaling
+        ctx.save_for_backward(q, k, v, signed)
+        return (signed.relu() @ (v * ctx.scale)).transpose(1, 2).contiguous()
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, signed = ctx.saved_tensors
+        grad = grad.transpose(1, 2) * ctx.scale
+        dv = signed.relu().mT @ grad
+        ds = torch._softmax_backward_data((grad @ v.mT).mul_(signed > 0), signed.abs(), -1, signed.dtype)
+        return ds @ (k * ctx.scaling), ds.mT @ (q * ctx.scaling), dv, None, None, None
+
+
+def attention(module, query, key, value, mask, scaling=None, dropout=0.0, **options):
+    """The libraries' attention function: heads (B, heads, L, width) -> (B, L, heads, width), and no weights.
+
+    Where an encoder trains on a CPU it is QuickAttention; everything else goes to torch's fused kernels, the default.
+    """
+    if not dropout or query.device.type != "cpu" or getattr(module, "is_causal", False):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **options)
-    scores = query * (scaling or query.shape[-1] ** -0.5) @ key.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return (QuickDropout.apply(scores.softmax(-1), dropout) @ value).transpose(1, 2).contiguous(), None
+    return QuickAttention.apply(query, key, value, mask, dropout, scaling or query.shape[-1] ** -0.5), None
 
 
 def quicken(model):
@@ -930,35 +975,41 @@ def train(model, data, run, method):
 def backward(model, data, run, rows, inputs, flags, history, trained):
     """Leave the gradient of the mean loss over the global batch `rows` in .grad; returns that mean loss, a 0-d tensor.
 
-    Each process takes every world()-th row, in micro-batches of --batch_size. An empty part contributes zeros.
+    Each process takes every world()-th row, in parts that go through the model one by one. One without rows adds zeros.
     """
     device = torch.device(run.device)
     scored = len(rows) if data.classes else scored_per_row(data.train, flags)[rows].sum().clamp(min=1).item()
     lengths = data.train.lengths
+    mine = [parts(rows[number::world()], lengths, run.batch_size, device) for number in range(world())]
     history.rows += len(rows)
     history.tokens += int(lengths[rows].sum())
-    history.padded += sum(len(part) * int(lengths[part].max()) for number in range(world())
-                          for part in rows[number::world()].split(run.batch_size) if len(part))
+    history.padded += sum(len(part) * int(lengths[part].max()) for part in itertools.chain(*mine))
     loss = torch.zeros((), device=device)
-    for part in rows[rank()::world()].split(run.batch_size):
-        if len(part) == 0:
-            continue
+    for part in mine[rank()]:
         batch = Batch(*(tensor.to(device) for tensor in collate(data, data.train, part, inputs, flags)))
         with autocast(run):
             part_loss = F.cross_entropy(forward(model, batch), batch.target, reduction="sum") / scored
         part_loss.backward()
         loss += part_loss.detach()
     if world() > 1:  # adapters are small: one flat tensor, one all-reduce, nothing else is ever sent
-        parts = [torch.zeros_like(t) if t.grad is None else t.grad for t in trained.values()]
-        everything = torch.cat([loss[None], *(part.flatten() for part in parts)])
+        grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in trained.values()]
+        everything = torch.cat([loss[None], *(grad.flatten() for grad in grads)])
         dist.all_reduce(everything)
         loss = everything[0]
-        for tensor, part in zip(trained.values(), everything[1:].split([p.numel() for p in parts]), strict=True):
-            tensor.grad = part.view_as(tensor)
+        for tensor, grad in zip(trained.values(), everything[1:].split([g.numel() for g in grads]), strict=True):
+            tensor.grad = grad.view_as(tensor)
     unreached = [name for name, tensor in trained.items() if tensor.grad is None]
     if unreached:
         raise RuntimeError(f"no gradient reaches {', '.join(unreached)}: trained, but not part of the forward pass")
     return loss
+
+
+def parts(rows, lengths, size, device):
+    """Cut the rows (n,) of a batch into what goes through the model at once: `size` rows, and on a CPU about 1,024 tokens, so
+    that what one layer writes is still in the cache when the next one reads it. `lengths` is of all rows of the split."""
+    if device.type == "cpu" and len(rows):
+        size = max(1, min(size, 1024 // int(lengths[rows].max())))
+    return [part for part in rows.split(size) if len(part)]
 
 
 def scored_per_row(split, flags):
@@ -1102,7 +1153,7 @@ def resume(run, model, optimizer, history):
 
 
 def evaluate(model, data, run):
-    """Score the model on data.scored, and again with its adapters merged; prints the score and returns the metrics.
+    """Score the model on data.scored and, outside a search, again with its adapters merged; prints and returns the metrics.
 
     Classification: accuracy, f1 (macro), loss, correct (base64 of a bitmap in the split's order). Language modelling:
     loss (mean over scored tokens) and mlm_perplexity or causal_perplexity = exp(loss). `merged` holds the same after
@@ -1114,7 +1165,7 @@ def evaluate(model, data, run):
     with room(run), timed(run.seconds, "evaluate"):
         metrics = score(model, data, run)
         run.inference_peak = peak(device)
-        if adapters(model):
+        if adapters(model) and run.split != "dev":
             with plain(model, True, torch.bfloat16 if run.precision == "bf16" else torch.float32):
                 metrics["merged"] = {key: value for key, value in score(model, data, run).items() if key != "correct"}
     first = next(key for key in metrics if key.endswith("perplexity") or key == "accuracy")
@@ -1133,8 +1184,9 @@ def score(model, data, run):
     inputs, flags = predicted_tokens(data, split, "evaluation")
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # negative log-likelihood, number scored
     predicted = torch.zeros(len(split.rows), dtype=torch.int64, device=device)
-    by_length = split.lengths[split.rows].argsort(stable=True)
-    batches = by_length.split(run.eval_batch_size)[rank()::world()]
+    lengths = split.lengths[split.rows]
+    batches = [part for batch in lengths.argsort(stable=True).split(run.eval_batch_size)[rank()::world()]
+               for part in parts(batch, lengths, run.eval_batch_size, device)]
     for places in tqdm(batches, "scoring", disable=None if rank() == 0 else True, leave=False):
         batch = Batch(*(t.to(device) for t in collate(data, split, split.rows[places], inputs, flags)))
         with autocast(run):
@@ -1226,12 +1278,14 @@ def measure(model, data, run, history):
         "samples_per_second": history.rows / seconds, "tokens_per_second": history.tokens / seconds,
         "padded_tokens_per_second": history.padded / seconds, "accelerator_hours": history.seconds * world() / 3600}
 
-    with room(run):
-        inference = [time_inference(model, data, run, dtype, rows) for rows in (1, 32)]
-        flops = count_flops(model, data, run)
-    # A step of the fixed shape, scaled to the tokens that the run really computed; attention's square is left out here.
-    flops["train_total"] = flops["train_step"] * history.padded / (
-        run.batch_size * run.grad_accum * world() * run.max_length)
+    inference, flops = [], {}
+    if not run.quality_only and run.split != "dev":  # a search has no use for them
+        with room(run):
+            inference = [time_inference(model, data, run, dtype, rows) for rows in (1, 32)]
+            flops = count_flops(model, data, run)
+        # A step of the fixed shape, scaled to the tokens that the run really computed; attention's square is left out here.
+        flops["train_total"] = flops["train_step"] * history.padded / (
+            run.batch_size * run.grad_accum * world() * run.max_length)
     stored = tensor_bytes(rest) + tensor_bytes(head)
     merged = stored
     if adapters(model):
@@ -1250,21 +1304,19 @@ def time_inference(model, data, run, dtype, rows):
     laps = {kind: [] for kind in kinds}
     model.eval()
 
-    def once(kind, repeats):
-        with contextlib.ExitStack() as stack, autocast(run):
-            if adapters(model) and kind != "unmerged":
-                stack.enter_context(plain(model, kind == "merged", dtype))
-            for repeat in range(repeats + 1):  # the first one warms up
-                synchronise(device)
-                start = time.perf_counter()
-                forward(model, batch)
-                synchronise(device)
-                if repeat:
-                    laps[kind].append(time.perf_counter() - start)
-    for _ in range(5):
+    for _ in range(20):
         for kind in kinds:
-            once(kind, repeats=4)
-        if sum(map(sum, laps.values())) > 2 * len(kinds):  # a slow machine: fewer repeats, seconds instead of minutes
+            with contextlib.ExitStack() as stack, autocast(run):
+                if adapters(model) and kind != "unmerged":
+                    stack.enter_context(plain(model, kind == "merged", dtype))
+                for counted in (False, True):  # the first pass warms up
+                    synchronise(device)
+                    start = time.perf_counter()
+                    forward(model, batch)
+                    synchronise(device)
+                    if counted:
+                        laps[kind].append(time.perf_counter() - start)
+        if sum(map(sum, laps.values())) > 3 * len(kinds):  # a slow machine: fewer passes, seconds instead of minutes
             break
     result = {"batch": rows, "length": length}
     for kind, values in laps.items():

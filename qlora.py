@@ -151,12 +151,11 @@ class NF4Linear(nn.Module):
         if self.backend == "torch":
             absmax = dequantise_scales(self.scales, self.absmax2, self.offset) if self.double_quant else self.scales
             return dequantise(self.packed, absmax, self.shape).to(dtype)
-        bnb, nested = bitsandbytes(), {}
+        ops, absmax = torch.ops.bitsandbytes, self.scales
         if self.double_quant:
-            second = bnb.QuantState(self.absmax2, code=DYNAMIC.to(self.packed.device), blocksize=256, dtype=torch.float32)
-            nested = {"offset": self.offset, "state2": second}
-        state = bnb.QuantState(self.scales, (len(self.scales), 64), blocksize=64, quant_type="nf4", dtype=dtype, **nested)
-        return bnb.dequantize_4bit(self.packed[:, None], state).flatten()[:self.shape.numel()].view(self.shape)
+            absmax = ops.dequantize_blockwise(absmax, self.absmax2, DYNAMIC.to(absmax.device), 256, torch.float32) + self.offset
+        blocks = ops.dequantize_4bit(self.packed[:, None], absmax, 64, "nf4", (len(absmax), 64), dtype)
+        return blocks.flatten()[:self.shape.numel()].view(self.shape)
 
     @property
     def weight(self):
@@ -168,7 +167,7 @@ class NF4Linear(nn.Module):
 
 
 def bitsandbytes():
-    """bitsandbytes' functions, imported at first use: it takes seconds."""
+    """bitsandbytes' functions and torch.ops.bitsandbytes, imported at first use: it takes seconds."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import bitsandbytes.functional
     return bitsandbytes.functional

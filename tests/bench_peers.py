@@ -7,7 +7,8 @@
 Both sides: the same base, rows, batch size, length limit, epochs, dtype, AdamW (fused), learning rates, the checkpoint's own
 dropout, clipping, warm-up; adapter dropout 0. The clock runs from the first batch to the end of the last step. Peers run
 with the Trainer's length-grouped sampler and with its default one. Every run is a process of its own; runs alternate, and
-ratios are medians over the alternations. Run it on a machine that does nothing else.
+ratios are medians over the rounds, each of which has a seed of its own. Run it on a machine that does nothing else.
+With --record the figures go to tests/bench_peers.json and from there into README.md.
 """
 
 import argparse
@@ -20,23 +21,27 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+RECORD, README = Path(__file__).with_suffix(".json"), ROOT / "README.md"
 METHODS = ("lora", "qlora", "hira")
-ABLATIONS = ("all on", "random batches", "plain AdamW", "torch's dropout", "autograd's backward")
+LR = {"hira": 1e-2}  # the others: 3e-3
+ABLATIONS = ("all on", "random batches", "whole batches at once", "freed memory returned", "torch's dropout and attention",
+             "plain AdamW", "autograd's backward")
 
 
 def flags(args, method):
     """The command line that both sides read their settings from."""
+    lr = LR.get(method, 3e-3)
     words = ["--dataset", args.dataset, "--model", args.model, "--train_samples", args.samples, "--eval_samples",
-             args.eval_samples, "--epochs", 1, "--lr", args.lr, "--head_lr", args.lr, "--batch_size", args.batch_size,
+             args.eval_samples, "--epochs", 1, "--lr", lr, "--head_lr", lr, "--batch_size", args.batch_size,
              "--precision", args.precision, "--device", args.device, "--out", "/nonexistent/never-written"]
-    return words + (["--max_length", args.max_length] if args.max_length else []) + args.extra.get(method, [])
+    return words + (["--max_length", args.max_length] if args.max_length else [])
 
 
 def prepare(args, script, extra=()):
     """(run, data, base model) as the script itself would make them."""
     import common
     parsed = common.parse_args(script.__doc__, script.__file__, script.add_args, [*flags(args, script.__name__), *extra])
-    run = argparse.Namespace(**vars(parsed), seed=0, settings=common.settings(parsed), seconds={},
+    run = argparse.Namespace(**vars(parsed), seed=args.seed, settings=common.settings(parsed), seconds={},
                              path=Path("/nonexistent/never-written/run.json"), load_average=0.0)
     data = common.load_data(run)
     return run, data, common.load_base(run, data)
@@ -48,8 +53,12 @@ def ours(args, name, off=None, extra=()):
 
     import common
     script = __import__(name)
-    if off == "torch's dropout":
+    if off == "torch's dropout and attention":
         common.quicken = lambda model: None
+    if off == "whole batches at once":
+        common.parts = lambda rows, lengths, size, device: [rows]
+    if off == "freed memory returned":
+        common.keep_freed_memory = lambda: None
     if off == "random batches":
         common.order = lambda lengths, size, *seed: list(
             torch.randperm(len(lengths), generator=common.generator(*seed, "order")).split(size))
@@ -76,6 +85,7 @@ def peer(args, name, sampler):
     from transformers import TrainerCallback, TrainingArguments
 
     import common
+    common.keep_freed_memory = lambda: None
     run, data, model = prepare(args, __import__(name))
     model.set_attn_implementation("sdpa")  # as the Trainer would load it: none of our attention or dropout
     for path, module in list(model.named_modules()):
@@ -85,7 +95,7 @@ def peer(args, name, sampler):
     dtype = torch.bfloat16 if run.precision == "bf16" else torch.float32
     if name == "qlora":
         from transformers import BitsAndBytesConfig
-        torch.manual_seed(common.stream(0, "head"))
+        torch.manual_seed(common.stream(args.seed, "head"))
         model = type(model).from_pretrained(
             common.model_folder(run), num_labels=data.classes, dtype=dtype, quantization_config=BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
@@ -94,7 +104,7 @@ def peer(args, name, sampler):
     shared = {"r": run.rank, "target_modules": run.targets, "task_type": "SEQ_CLS", "modules_to_save": heads}
     config = peft.HiraConfig(**shared) if name == "hira" else peft.LoraConfig(
         lora_alpha=2 * run.rank, lora_dropout=0.0, **shared)
-    torch.manual_seed(common.stream(0, "adapter"))
+    torch.manual_seed(common.stream(args.seed, "adapter"))
     model = peft.get_peft_model(model, config)
     split, device = data.train, torch.device(run.device)
     rows = [{"input_ids": split.tokens[a:b].tolist(), "labels": int(label)}
@@ -122,7 +132,8 @@ def peer(args, name, sampler):
             "/tmp/never-saved", per_device_train_batch_size=run.batch_size, num_train_epochs=1, learning_rate=run.lr,
             lr_scheduler_type="linear", warmup_steps=run.warmup, weight_decay=0.0, max_grad_norm=1.0,
             optim="adamw_torch_fused", bf16=run.precision == "bf16", use_cpu=device.type == "cpu", report_to=[],
-            save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, seed=0, **grouped),
+            save_strategy="no", logging_strategy="no", disable_tqdm=True, remove_unused_columns=False, seed=args.seed,
+            **grouped),
         train_dataset=rows, data_collator=collate, callbacks=[Clock()])
     trainer.train()
     return {"samples_per_second": len(rows) / (figures["end"] - figures["start"]),
@@ -161,41 +172,84 @@ def slicing_gain(width, rows, sparsity=0.9):
             for name, work in (("attention", attention), ("feed-forward", feed_forward))}
 
 
-def in_a_process(args, *job):
-    """Run one job in a fresh process, so that neither memory nor thread pools carry over; returns its figures."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--job", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, job))} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def alternate(args, jobs):
-    """{label: list of figures}, the jobs in turn, --rounds times."""
+    """{label: list of figures}, the jobs in turn, --rounds times; each in a fresh process, so that neither memory nor thread
+    pools carry over."""
     results = {label: [] for label in jobs}
-    for turn in range(args.rounds):
+    for seed in range(args.rounds):
         for label, job in jobs.items():
-            results[label].append(in_a_process(args, *job))
-            print(f"round {turn + 1}: {label}: {results[label][-1]['samples_per_second']:.1f} samples/s", file=sys.stderr)
+            command = [sys.executable, __file__, *sys.argv[1:], "--seed", str(seed), "--job", json.dumps(job)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            if done.returncode:
+                raise SystemExit(f"{label} failed:\n{done.stderr[-2000:]}")
+            results[label].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {seed + 1}: {label}: {results[label][-1]['samples_per_second']:.1f} samples/s", file=sys.stderr)
     return results
 
 
 def median(runs, key):
-    return statistics.median(run[key] for run in runs if run[key] is not None)
+    return statistics.median(run[key] for run in runs)
 
 
-def table(results, against):
-    """Markdown rows; the ratio is the median over rounds of a label's speed over its reference's in the same round."""
-    lines = ["| training loop | samples/s | padded tokens a sample | peak memory, MiB | accuracy | times the reference |",
-             "| --- | ---: | ---: | ---: | ---: | ---: |"]
+def ratio(runs, reference):
+    """How many times as fast as the reference: the median over rounds."""
+    return statistics.median(a["samples_per_second"] / b["samples_per_second"] for a, b in zip(runs, reference, strict=True))
+
+
+def markdown(header, rows):
+    return "\n".join([f"| {' | '.join(header)} |", f"| --- |{' ---: |' * (len(header) - 1)}",
+                      *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def peers_table(results):
+    """Ours and both peers, one row a method; peak memory over what was resident before training."""
+    rows = []
+    for name in METHODS:
+        if f"{name} ours" in results:
+            our, grouped, default = (results[f"{name} {side}"] for side in ("ours", "grouped", "default"))
+            lora = f"{ratio(our, results['lora ours']):.2f}" if "lora ours" in results else "–"
+            rows.append([name, *(f"{median(runs, 'samples_per_second'):.0f}" for runs in (our, grouped, default)),
+                         f"{ratio(our, grouped):.2f}", f"{ratio(our, default):.2f}", lora,
+                         " / ".join(f"{median(runs, 'peak_mib'):.0f}" for runs in (our, grouped)),
+                         " / ".join(f"{statistics.mean(run['accuracy'] for run in runs):.3f}" for runs in (our, grouped))])
+    return markdown(["method", "ours, samples/s", "PEFT + Trainer, length-grouped", "default sampler", "times the grouped",
+                     "times the default", "times our LoRA", "peak MiB, ours / grouped", "accuracy, ours / grouped"], rows)
+
+
+def relative_table(results):
+    """Every run beside the first of its method ("name, what")."""
+    rows = []
     for label, runs in results.items():
-        reference = results[against[label]]
-        ratio = statistics.median(a["samples_per_second"] / b["samples_per_second"]
-                                  for a, b in zip(runs, reference, strict=True))
-        accuracy = f"{median(runs, 'accuracy'):.3f}" if runs[0]["accuracy"] is not None else "–"
-        lines.append(f"| {label} | {median(runs, 'samples_per_second'):.1f} | {median(runs, 'padded_per_sample'):.1f} | "
-                     f"{median(runs, 'peak_mib'):.0f} | {accuracy} | {ratio:.2f} |")
-    return "\n".join(lines)
+        first = next(key for key in results if key.split(",")[0] == label.split(",")[0])
+        first = first if "lora, all on" in results else next(iter(results))
+        rows.append([label, f"{median(runs, 'samples_per_second'):.1f}", f"{median(runs, 'padded_per_sample'):.1f}",
+                     f"{median(runs, 'peak_mib'):.0f}", f"{statistics.mean(run['accuracy'] for run in runs):.4f}",
+                     f"{ratio(runs, results[first]):.2f}"])
+    return markdown(["training loop", "samples/s", "padded tokens a sample", "peak MiB", "accuracy", "times the first"], rows)
+
+
+def page():
+    """README's part on speed, from tests/bench_peers.json."""
+    text = []
+    for kind, part in json.loads(RECORD.read_text()).items():
+        table = peers_table(part["results"]) if kind.startswith("peers") else relative_table(part["results"])
+        what = f"({part['machine']}; {part['rounds']} rounds: medians, and the mean accuracy)"
+        text.append(f"`{part['command']}`\n{what}:\n\n{table}")
+    return "\n\n".join(text)
+
+
+def record(args, kind, results):
+    """Keep the figures, and renew what README says."""
+    import torch
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    kept = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    words = [word for word in sys.argv[1:] if word != "--record"]
+    kept[f"{kind} {args.dataset} {Path(args.model).name} {args.device}"] = {
+        "command": f"python tests/bench_peers.py {' '.join(words)}", "rounds": args.rounds,
+        "machine": f"{machine}, {args.precision}, torch {torch.__version__.split('+')[0]}", "results": results}
+    RECORD.write_text(json.dumps(kept, indent=1) + "\n")
+    before, rest = README.read_text().split("<!-- speed -->\n")
+    README.write_text(f"{before}<!-- speed -->\n{page()}\n<!-- /speed -->{rest.split('<!-- /speed -->')[1]}")
 
 
 def main():
@@ -207,41 +261,37 @@ def main():
     add("--eval_samples", type=int, default=872)
     add("--batch_size", type=int, default=32)
     add("--max_length", type=int)
-    add("--lr", type=float, default=3e-3)
     add("--precision", default="fp32")
     add("--device", default="cpu")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--rounds", type=int, default=3)
     add("--ablate", action="store_true", help="our own choices, each switched off, instead of the peers")
-    add("--contextual", action="store_true", help="contextual sparsity against our LoRA instead of the peers")
+    add("--contextual", nargs="*", metavar="SPARSITY", help="contextual sparsity against our LoRA instead of the peers "
+        "(default: 0.9, the shipped setting)")
     add("--json", action="store_true")
+    add("--record", action="store_true", help="keep the figures in tests/bench_peers.json and README.md")
+    add("--seed", type=int, default=0, help=argparse.SUPPRESS)
     add("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.extra = {}
     if args.job:
         side, *rest = json.loads(args.job)
         print(json.dumps({"ours": ours, "peer": peer}[side](args, *rest)))
         return
-    jobs, against = {}, {}
-    for name in args.methods:
-        if args.ablate:
-            for off in ABLATIONS:
-                if off != "autograd's backward" or name != "lora":
-                    label = f"{name}, " + ("all on" if off == "all on" else f"{off} instead")
-                    jobs[label], against[label] = ("ours", name, off), f"{name}, all on"
-        elif not args.contextual:
-            for label, job in ((name, ("ours", name)), (f"{name}, PEFT and Trainer, length-grouped", ("peer", name, "grouped")),
-                               (f"{name}, PEFT and Trainer, default sampler", ("peer", name, "default"))):
-                jobs[label], against[label] = job, name
-    if args.contextual:
-        jobs["lora"], against["lora"] = ("ours", "lora"), "lora"
-        for sparsity in ("0.5", "0.9", "0.95"):
-            label = f"sparse_lora contextual, sparsity {sparsity}"
-            jobs[label] = ("ours", "sparse_lora", None, ["--mode", "contextual", "--sparsity", sparsity])
-            against[label] = "lora"
+    if args.contextual is not None:
+        kind, jobs = "contextual", {"lora": ("ours", "lora")} | {
+            f"contextual, sparsity {sparsity}": ("ours", "sparse_lora", None, ["--mode", "contextual", "--sparsity", sparsity])
+            for sparsity in args.contextual or ["0.9"]}
+    elif args.ablate:
+        kind, jobs = "ablation", {f"{name}, {off}": ("ours", name, off) for name in args.methods for off in ABLATIONS
+                                  if off != "autograd's backward" or name != "lora"}
+    else:
+        kind, jobs = "peers", {f"{name} {side}": ("ours", name) if side == "ours" else ("peer", name, side)
+                               for name in args.methods for side in ("ours", "grouped", "default")}
     results = alternate(args, jobs)
-    print(json.dumps(results, indent=1) if args.json else table(results, against))
-    for width, rows in ((384, 8192), (768, 4096)) if args.ablate and not args.json else ():
+    if args.record:
+        record(args, kind, results)
+    print(json.dumps(results, indent=1) if args.json else (peers_table if kind == "peers" else relative_table)(results))
+    for width, rows in ((384, 1024), (768, 1024)) if args.ablate and not args.json else ():
         for part, (dense, sliced) in slicing_gain(width, rows).items():
             print(f"width {width}, {rows} rows: {part} {dense * 1000:.0f} ms dense, {sliced * 1000:.0f} ms sliced at "
                   f"sparsity 0.9, {dense / sliced:.1f} times as fast")

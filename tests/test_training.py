@@ -525,7 +525,7 @@ def test_result_file(models, reviews, text_dir, tmp_path, name, task):
     result = json.loads(path.read_text())
     check_types(result, TOP, "result")
     for part, wanted in PARTS.items():
-        check_types(result[part], wanted, part)
+        check_types(result[part], {} if (part, task) == ("flops", "dev") else wanted, part)
     assert finite(result) and result["schema"] == 1 and result["seed"] == 5
     assert result["method"] == {"head only": "head_only", "full": "full"}.get(name, module.__name__)
     assert result["model"] == Path(flags[flags.index("--model") + 1]).name
@@ -537,8 +537,8 @@ def test_result_file(models, reviews, text_dir, tmp_path, name, task):
     metrics = result["metrics"]
     kinds = {"mlm": {"loss", "mlm_perplexity"}, "clm": {"loss", "causal_perplexity"}}.get(task, {"accuracy", "f1", "loss"})
     adapted = name not in ("head only", "full")
-    assert metrics.keys() - {"merged"} == kinds and ("merged" in metrics) == adapted
-    if adapted:
+    assert metrics.keys() - {"merged"} == kinds and ("merged" in metrics) == (adapted and task != "dev")
+    if "merged" in metrics:
         assert metrics["merged"].keys() == kinds
         for key in kinds:
             assert metrics["merged"][key] == pytest.approx(metrics[key], rel=1e-4), key
@@ -563,7 +563,7 @@ def test_result_file(models, reviews, text_dir, tmp_path, name, task):
     assert 0 < times["step_ms"]["p10"] <= times["step_ms"]["median"] <= times["step_ms"]["p90"]
     assert times["accelerator_hours"] == pytest.approx(times["train_seconds"] / 3600)
     assert memory["device"] == "cpu" and min(memory["base"], memory["train_peak"], memory["inference_peak"]) > 0
-    assert [row["batch"] for row in result["inference"]] == [1, 32]
+    assert [row["batch"] for row in result["inference"]] == ([] if task == "dev" else [1, 32])
     for row in result["inference"]:
         assert row.keys() == {"batch", "length", "base"} | ({"merged", "unmerged"} if adapted else set())
         for kind in row.keys() - {"batch", "length"}:
