@@ -325,6 +325,9 @@ def cautions(variants, search):
     found = {words: what for words, what in found.items() if len(set(map(tuple, what.values()))) > 1} | {
         "Learning rate not the search's choice, or not one": {
             n: x for n, x in rates.items() if x != [search[n]["chosen"] if n in search else x[0]]},
+        "Chosen at the edge of the candidates, the best may lie beyond": {
+            n: [f"{s['chosen']:g}"] for n, s in search.items() if n in variants and s["chosen"] in (
+                min(s["scores"]), max(s["scores"])) and len(s["scores"]) > 1},
         "No learning-rate search on record": {n: rates[n] for n in tested if n not in search},
         "Missing seeds, so that pairs use the shared ones": {
             n: sorted(lacking) for n, runs in tested.items() if (lacking := every - {run["seed"] for run in runs})}}
@@ -533,10 +536,12 @@ def plot(g, kind, path):
     wide = max(math.log(max(sizes) / min(sizes)), 1)
     for i, (n, v) in enumerate(g["variants"].items()):
         runs = g["_runs"][n] if kind == "parameters" else c["_quiet"].get(n, [])
-        x = [value(run, where) or value(run, where.replace("unmerged", "base")) for run in runs]
-        if None in x or not x:
+        costs = [(value(run, where) or value(run, where.replace("unmerged", "base")), run) for run in runs]
+        measured = [(cost, run) for cost, run in costs if cost is not None]  # --quality_only leaves inference out
+        if not measured:
             continue
-        x, y = np.array(x) * factor, {k: number * scale for k, number in v[f"metrics.{g['metric']}"].items()}
+        x, runs = np.array([cost for cost, _ in measured]) * factor, [run for _, run in measured]
+        y = {k: number * scale for k, number in v[f"metrics.{g['metric']}"].items()}
         points.append((x.mean() * (-1 if kind == "speed" else 1), y["mean"] * (1 if more else -1)))
         if kind == "parameters":  # side by side, or variants of one size would hide each other
             x = x * math.exp(wide / 35 * (sizes[:i].count(sizes[i]) - (sizes.count(sizes[i]) - 1) / 2))

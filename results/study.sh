@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# The study behind results/README.md: learning rates chosen on dev, then every variant on SST-2, IMDB and WikiText-2.
+#
+#   bash results/study.sh                    everything; most of a day on two cores
+#   bash results/study.sh sst2 wikitext2     these data sets only
+#   JOBS=2 bash results/study.sh             runs whose times do not count go two at a time
+#   LIST=3e-3 bash results/study.sh          print the commands instead, with 3e-3 as the outcome of every search
+#
+# Finished runs are skipped, stopped ones continue. Costs come from runs that have the machine to themselves: seeds 0 to 2
+# on SST-2, seed 0 on the others. All other runs are --quality_only. Run it from the repository's root, with data/ and
+# models/ there (README, "Local files").
+set -euo pipefail
+cores=$(nproc)
+
+each() {  # each JOBS: run the command lines on stdin, so many at a time
+  if [ -n "${LIST:-}" ]; then cat; return; fi
+  OMP_NUM_THREADS=$((cores / $1 > 0 ? cores / $1 : 1)) xargs -P "$1" -I{} sh -c '{}'
+}
+
+best() {  # best DATASET NAME: the learning rate that the search chose on dev
+  if [ -n "${LIST:-}" ]; then echo "$LIST"; return; fi
+  python compare.py results/ --json | python -c '
+import json, sys
+dataset, name = sys.argv[1:]
+groups = [g for g in json.load(sys.stdin)["groups"] if g["same"]["data set"] == dataset and name in g["search"]]
+print(groups[0]["search"][name]["chosen"])' "$1" "$2"
+}
+
+variants() {  # variants DATASET: lines of "name script flags"; the name is the one whose search gave the learning rate
+  [ "$1" = wikitext2 ] || echo "head_only common.py"
+  echo "full common.py --full
+lora lora.py
+qlora qlora.py
+hira hira.py
+sparse_lora sparse_lora.py"
+}
+
+others() {  # labelled rows beside the main ones, at the learning rate of their method
+  echo "lora sparse_lora.py --mode contextual
+lora lora.py --rank 32
+hira hira.py --rank 32
+sparse_lora sparse_lora.py --structure rank
+sparse_lora sparse_lora.py --sparsity 0 --penalty 0.3"
+}
+
+commands() {  # commands DATASET FLAGS: put the chosen learning rates to the variants on stdin
+  while read -r name script more; do
+    lr="--lr $(best "$1" "$name")"
+    [ "$name" != head_only ] || lr=""
+    echo "python $script $flags $lr $head_lr $more $2"
+  done
+}
+
+[ $# -gt 0 ] || set -- sst2 imdb wikitext2
+for dataset in "$@"; do
+  head_lr=""
+  case $dataset in
+    sst2) flags="--dataset sst2 --model models/all-MiniLM-L6-v2 --train_samples 8000 --epochs 1" alone="0 1 2" ;;
+    imdb) flags="--dataset imdb --model models/all-MiniLM-L6-v2 --train_samples 2000 --eval_samples 2000 --epochs 1" alone=0 ;;
+    wikitext2) flags="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000 --eval_samples 1000 --epochs 1" alone=0 ;;
+  esac
+  if [ "$dataset" != wikitext2 ]; then  # one --head_lr for all, chosen with the head alone
+    for rate in 3e-4 1e-3 3e-3 1e-2; do
+      echo "python common.py $flags --split dev --head_lr $rate"
+    done | each "${JOBS:-1}"
+    head_lr="--head_lr $(best "$dataset" head_only)"
+  fi
+  { for rate in 5e-5 1e-4 2e-4 5e-4; do
+      echo "python common.py --full $flags --split dev --lr $rate $head_lr"
+    done
+    variants "$dataset" | while read -r name script; do
+      [ "$script" = common.py ] || for rate in 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1; do
+        echo "python $script $flags --split dev --lr $rate $head_lr"
+      done
+    done; } | each "${JOBS:-1}"
+  { variants "$dataset"; others; } | commands "$dataset" "--seeds $alone" | each 1
+  if [ "$dataset" = sst2 ]; then
+    variants sst2 | commands sst2 "--quality_only --seeds 3 4 5 6 7 8 9" | each "${JOBS:-1}"
+    variants sst2 | commands sst2 "--quality_only --seeds 0 1 --epochs 3 --out results/3-epochs" | each "${JOBS:-1}"
+  else
+    { variants "$dataset"; others; } | commands "$dataset" "--quality_only --seeds 1 2" | each "${JOBS:-1}"
+  fi
+done
+[ -n "${LIST:-}" ] || python compare.py results/ results/3-epochs --price 0.1 --readme README.md  # two cloud cores, about
