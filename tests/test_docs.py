@@ -1,0 +1,114 @@
+"""What docs/ and results/study.sh say must exist: every function they name, every command they run."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import compare
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def names_in(path):
+    """Every function, class, method and top-level constant of a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    tree = ast.parse(path.read_text())
+    return found | {target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets
+                    if isinstance(target, ast.Name)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_function_that_a_page_names_exists(page):
+    named = re.findall(r"\b(\w+)\.py:([\w.]*\w)", page.read_text())
+    assert named
+    for script, name in named:
+        assert name in names_in(ROOT / f"{script}.py"), f"{script}.py:{name}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def study(*datasets):
+    """The command lines that results/study.sh runs, with 0.003 as the outcome of every search."""
+    done = subprocess.run(["bash", ROOT / "results/study.sh", *datasets], capture_output=True, text=True, check=True, cwd=ROOT,
+                          env=os.environ | {"LIST": "0.003"})
+    return done.stdout.splitlines()
+
+
+def test_every_line_of_the_study_is_a_command_that_its_script_takes():
+    lines = study()
+    parsed = {}
+    for line in lines:
+        python, script, *words = shlex.split(line)
+        module = importlib.import_module(script.removesuffix(".py"))
+        args = module.parse_args(module.__doc__, module.__file__, module.add_args, words)
+        assert python == "python" and args.head_lr == (0.003 if args.method != "head_only" and args.dataset != "wikitext2"
+                                                      else args.head_lr)
+        for seed in args.seeds:
+            search = (args.lr, args.head_lr) if args.split == "dev" else None
+            key = args.out, args.dataset, args.name, seed, search
+            assert key not in parsed, line  # no two runs want one file
+            parsed[key] = args
+    # Rule 5: dev, seed 0, the same candidates for every adapter method; the scored split only with the chosen rate.
+    for dataset in ("sst2", "imdb", "wikitext2"):
+        tried = {}
+        for args in parsed.values():
+            if args.dataset == dataset and args.split == "dev" and args.method not in ("head_only", "full"):
+                tried.setdefault(args.name, []).append(args.lr)
+        assert set(tried) == {"lora", "qlora", "hira", "sparse_lora"}
+        assert {tuple(rates) for rates in tried.values()} == {(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+    scored = [args for args in parsed.values() if args.split == "test"]
+    assert all(args.lr == 0.003 for args in scored if args.method != "head_only")
+    seeds = {}
+    for args in scored:
+        if args.dataset == "sst2" and args.epochs == 1:
+            seeds.setdefault(args.name, set()).update(args.seeds)
+    assert {name for name, found in seeds.items() if found == set(range(10))} == {
+        "head_only", "full", "lora", "qlora", "hira", "sparse_lora"}
+    assert all(found >= {0, 1, 2} for found in seeds.values()) and len(seeds) == 11
+
+
+def test_one_data_set_of_the_study_alone():
+    lines = study("imdb")
+    assert lines and all("--dataset imdb" in line for line in lines)
+
+
+def test_the_speed_table_is_made_from_the_kept_figures():
+    from bench_peers import RECORD, page
+    text = (ROOT / "README.md").read_text()
+    inside = text.split("<!-- speed -->\n")[1].split("<!-- /speed -->")[0]
+    assert inside == (page() + "\n" if RECORD.exists() else "")
+
+
+def test_the_results_table_is_made_from_the_result_files(tmp_path):
+    """README's main table and the page are what compare.py makes of the committed files: nothing is typed, nothing is stale."""
+    text = (ROOT / "README.md").read_text()
+    source = re.search(r"`python compare\.py (.+?) --readme README\.md`", text)[1].split()
+    copies = []
+    for i, folder in enumerate(word for word in source if word.startswith("results")):
+        copies.append(tmp_path / str(i))
+        copies[-1].mkdir()
+        for file in (ROOT / folder).glob("*.json"):
+            (copies[-1] / file.name).write_bytes(file.read_bytes())
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    options = [word for word in source if not word.startswith("results")]
+    compare.main([*map(str, copies), *options, "--readme", str(readme), "--no_plots"])
+    assert readme.read_text() == text
+    page = (ROOT / source[0] / "README.md").read_text()
+    assert re.sub(r"### Plots\n\n(!\[.*\]\(.*\)\n\n)+", "", page) == (copies[0] / "README.md").read_text()
