@@ -68,7 +68,8 @@ COSTS = {
 FLIPS = 100_000  # random sign flips where all 2^n would be too many
 MARKERS = "os^DvP*X<>phd8"  # one shape per variant: colours are lost in print
 COLOURS = ("0.6", "black", "tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown")  # as METHODS, then others
-NONE, START, END = "–", "<!-- results -->", "<!-- /results -->"
+NONE = "–"
+SECTION = re.compile(r"(<!-- (results|pairs|costs|search) -->).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 # ---------------------------------------------------------------------------- statistics: arrays in, numbers out
@@ -517,6 +518,17 @@ def page(g, plots):
     return blocks + ([SAME_RATE, same_rate] if same_rate else [])
 
 
+def excerpts(g, words):
+    """The parts of a group that other pages show, by the name of the place between whose marks they go."""
+    costs = g["costs"][0] if g["costs"] else {"variants": {}}
+    tables = [block for head, columns in costs["_columns"].items() for block in (
+        f"{head}:", table(g, costs["variants"], columns))] if costs["variants"] else []
+    every, same_rate = search_tables(g)
+    return {"results": [summary(g), words] if g["variants"] else [], "pairs": [pair_table(g)] if g["pairs"] else [],
+            "costs": [f"Means of the quiet runs on {costs['place']}.", *tables] if tables else [],
+            "search": [every, same_rate] if every else []}
+
+
 def plot(g, kind, path):
     """One PNG, score against a cost: a dot for each seed, the mean with its interval, the Pareto front.
 
@@ -583,12 +595,14 @@ def main(argv=None):
     add("--json", action="store_true", help="print all numbers as JSON and write nothing")
     add("--metric", choices=METRICS, help="what to test (default: accuracy or perplexity; groups without it keep that)")
     add("--price", type=float, help="price of an accelerator hour: adds what a run costs")
-    add("--readme", type=Path, metavar="FILE", help=f"also put the main table between {START} and {END} of this file")
+    add("--readme", type=Path, nargs="+", default=[], metavar="FILE", help="also renew the main table that stands between "
+        "<!-- results --> and <!-- /results --> in these files, and likewise pairs, costs and search")
     add("--no_plots", action="store_true", help="write the page without plots")
     args = parser.parse_args(argv)
-    text = args.readme.read_text("utf-8") if args.readme and args.readme.is_file() else ""
-    if args.readme and not 0 <= text.find(START) < text.find(END):
-        fail(f"{args.readme} has no {START} with {END} after it")
+    texts = {file: file.read_text("utf-8") if file.is_file() else "" for file in args.readme}
+    for file, text in texts.items():
+        if not SECTION.search(text):
+            fail(f"{file} has no <!-- results --> with <!-- /results --> after it")
     runs, skipped = load(args.paths)
     known = [m for m in METRICS if any(m in run["metrics"] for run in runs)]
     if args.metric not in [None, *known]:
@@ -600,7 +614,8 @@ def main(argv=None):
         print(json.dumps({"groups": clean(groups), "skipped": skipped}, indent=1))
         return
 
-    home, stems, blocks, short, readme = Path(args.paths[0]), [], [INTRO], [], []
+    home, stems, blocks, short = Path(args.paths[0]), [], [INTRO], []
+    sections = {name: [] for name in ("results", "pairs", "costs", "search")}
     home = home if home.is_dir() else home.parent
     for g in groups:
         stems.append(re.sub(r"[^\w.-]+", "-", f"{g['data']}-{g['model']}".lower()))
@@ -612,16 +627,17 @@ def main(argv=None):
         words = tuple(verdict(g)) if g["variants"] else ()
         pairs = [{h: x for h, x in row.items() if not re.search("test|McNemar", h)} for row in pair_table(g)]
         short += [f"== {title(g)}", summary(g), pairs, search_tables(g)[0], (*words, *g["cautions"])]
-        if g["variants"] and g["same"]["data set"] not in DEMOS:
-            readme += [f"**{title(g)}**", summary(g), words]
+        for name, part in excerpts(g, words).items() if g["same"]["data set"] not in DEMOS else ():
+            sections[name] += [f"**{title(g)}**", *part] * any(part)
     commits = [f"{str(value(run, 'environment.commit'))[:12]}{' (changed)' * bool(value(run, 'environment.dirty'))}"
                for run in runs]
     blocks += ["## Notes", (*(f"Code at commit {c}: {commits.count(c)} runs" for c in sorted(set(commits))),
                             *(f"Skipped `{s['file']}`: {s['reason']}" for s in skipped))]
     (home / "README.md").write_text(render(blocks), "utf-8", newline="\n")
-    if args.readme:
-        body = f"{START}\n\n{render(readme or ['No results on real data yet.'])}\n"
-        args.readme.write_text(text[:text.index(START)] + body + text[text.index(END):], "utf-8", newline="\n")
+    for file, text in texts.items():
+        filled = SECTION.sub(lambda found: f"{found[1]}\n\n{render(sections[found[2]] or ['Nothing on real data yet.'])}\n"
+                             f"{found[3]}", text)
+        file.write_text(filled, "utf-8", newline="\n")
     print(render([*short, f"All tables{' and plots' * (not args.no_plots)}: {home / 'README.md'}"], plain=True), end="")
 
 

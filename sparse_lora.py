@@ -30,8 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    adapter_args, evaluate, fail, load_adapter, load_base, load_data, measure, non_negative, parse_args, positive, replace,
-    runs, save_result, share, train, weight_of,
+    adapter_args, evaluate, fail, load_adapter, load_base, load_data, measure, natural, non_negative, parse_args, positive,
+    replace, runs, save_result, share, train, weight_of,
 )
 
 FFN = {  # the layers into and out of a block's wide middle; a gated one has two ways in
@@ -57,6 +57,8 @@ def add_args(parser):
     parser.add_argument("--structure", choices=["none", "rank"], default="none",
                         help="prune: none removes single numbers; rank removes whole components, so that each layer keeps a "
                              "rank of its own and the adapter shrinks")
+    parser.add_argument("--dense_layers", type=natural,
+                        help="contextual: how many of the first layers stay dense (default: half of them)")
     parser.add_argument("--dense_tokens", choices=["scored", "none"], default="scored",
                         help="contextual: tokens that stay dense: those that the loss reads (decoders: none), or none")
     parser.add_argument("--estimator", choices=["sample", "svd"], default="sample",
@@ -240,9 +242,10 @@ class WayOut(nn.Module):
         return y.view(*c.shape[:-1], -1)
 
 
-def layer_sparsity(layer, layers, sparsity):
-    """The paper's GLUE map, by depth: the first half dense, then `sparsity`, the last layer half of it."""
-    return 0.0 if layer < layers // 2 else sparsity / 2 if layer == layers - 1 else sparsity
+def layer_sparsity(layer, layers, sparsity, dense=None):
+    """The paper's GLUE map, by depth: the first `dense` layers (half of them) dense, then `sparsity`, the last half of it."""
+    dense = layers // 2 if dense is None else dense
+    return 0.0 if layer < dense else sparsity / 2 if layer == layers - 1 else sparsity
 
 
 def slice_blocks(model, run, sparsity, switch):
@@ -265,12 +268,14 @@ def slice_blocks(model, run, sparsity, switch):
             step = max(1, len(attended) // 64) if run.estimator == "sample" else 1
             seen.update(rows=model.rows, numbers=(attended[::step], dense if scored else None))
         return seen["numbers"]
+    if run.dense_layers is not None and run.dense_layers >= len(blocks):
+        fail(f"--dense_layers {run.dense_layers}: the model has {len(blocks)} layers, so none would be sliced")
     kept = {}
     for i, block in enumerate(blocks):
         layers = [model.get_submodule(block + name) for name in (*ways_in, way_out)]
         if not all(isinstance(layer, nn.Linear) for layer in layers):
             fail("--mode contextual slices the feed-forward layers; --targets can name attention layers only")
-        left_out = layer_sparsity(i, len(blocks), sparsity)
+        left_out = layer_sparsity(i, len(blocks), sparsity, run.dense_layers)
         if left_out == 0:
             continue
         channels = Channels(max(1, int(layers[0].out_features * (1 - left_out))), switch, rows,

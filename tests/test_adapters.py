@@ -314,7 +314,7 @@ def test_known_counts_at_real_size(method, kind, size, checkpoint, task, rank, t
         model = auto.from_config(tiny_config(kind, **size)).requires_grad_(False)
         run = Namespace(head=HEADS[kind, checkpoint, task], rank=rank, alpha=None, dropout=0.0, device="meta", penalty=0.0,
                         targets=targets or common.TARGETS[kind], mode=method, sparsity=None, structure="none",
-                        dense_tokens="scored", estimator="sample",
+                        dense_tokens="scored", estimator="sample", dense_layers=None,
                         base_parameters=sum(tensor.numel() for tensor in model.parameters()))
         for name, tensor in model.named_parameters():
             tensor.requires_grad_(name in run.head)

@@ -325,6 +325,22 @@ def test_subset_and_demo_are_marked(tmp_path, capsys):
     assert readme.read_text() == main
 
 
+def test_every_section_of_a_page_is_renewed_and_nothing_else(tmp_path, capsys):
+    """--readme takes several files; a section of one shows the very tables of the results page."""
+    runs = [result(name, s) for name in ("lora", "hira") for s in range(2)]
+    runs += [result("lora", dev=True, lr=lr) for lr in (1e-3, 1e-2)]
+    readme, report = tmp_path / "README.md", tmp_path / "report.md"
+    readme.write_text("a <!-- results -->old<!-- /results --> b")
+    report.write_text("".join(f"{name}: <!-- {name} -->old<!-- /{name} --> kept\n" for name in ("costs", "search", "pairs")))
+    text, *_ = page(capsys, write(tmp_path / "r", *runs), "--readme", readme, report)
+    assert readme.read_text().startswith("a <!-- results -->\n\n**SST-2") and readme.read_text().endswith("<!-- /results --> b")
+    parts = report.read_text().split(" kept\n")
+    assert [part.split(":")[0] for part in parts] == ["costs", "search", "pairs", ""] and "old" not in report.read_text()
+    for part, wanted in zip(parts, (" train s ", " 0.001 ", "LoRA − HiRA"), strict=False):
+        rows = [line for line in part.splitlines() if line.startswith("|")]
+        assert any(wanted in line for line in rows) and all(line in text for line in rows)
+
+
 def test_shared_machines_are_left_out_of_the_costs(tmp_path, capsys):
     runs = [result("lora", s, quiet=s > 0, seconds=10.0 * (s + 1)) for s in range(3)]
     text, *_ = page(capsys, write(tmp_path / "a", *runs), "--price", "3.6")

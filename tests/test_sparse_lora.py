@@ -425,6 +425,8 @@ def test_layer_map_is_the_papers_by_depth():
     assert [sparse_lora.layer_sparsity(i, 6, s) for i in range(6)] == [0, 0, 0, s, s, s / 2]
     assert [sparse_lora.layer_sparsity(i, 12, s) for i in range(12)] == [0] * 6 + [s] * 5 + [s / 2]
     assert [sparse_lora.layer_sparsity(i, 2, s) for i in range(2)] == [0, s / 2]
+    assert [sparse_lora.layer_sparsity(i, 6, s, dense=1) for i in range(6)] == [0, s, s, s, s, s / 2]
+    assert [sparse_lora.layer_sparsity(i, 3, s, dense=0) for i in range(3)] == [s, s, s / 2]
 
 
 @pytest.mark.parametrize("sparsity, kept", [(0.95, 153), (0.9, 307), (0.5, 1536)])
@@ -436,7 +438,7 @@ def test_channels_kept_at_distilberts_size(sparsity, kept):
         model.requires_grad_(False)
         run = Namespace(head=HEADS["distilbert", "", "classification"], rank=8, alpha=None, dropout=0.0, device="meta",
                         targets=["q_lin", "v_lin"], mode="contextual", sparsity=sparsity, dense_tokens="scored",
-                        estimator="sample")
+                        estimator="sample", dense_layers=None)
         method = sparse_lora.adapt(model, run)
     assert method["info"]()["channels_kept"] == {
         "distilbert.transformer.layer.3": kept, "distilbert.transformer.layer.4": kept,
@@ -504,3 +506,10 @@ def test_attention_targets_may_share_their_end_with_feed_forward_layers(models, 
     model, _, method = start("contextual", models("bert"), tmp_path, "--targets", "attention.output.dense")
     assert len([module for module in common.adapters(model).values() if module.keys]) == 2
     assert list(method["info"]()["channels_kept"]) == ["bert.encoder.layer.1"]
+
+
+def test_too_many_dense_layers_are_an_error(models, reviews, capfd):
+    with pytest.raises(SystemExit):
+        sparse_lora.main(["--dataset", reviews, "--model", models("distilbert"), "--max_length", 24, "--mode", "contextual",
+                          "--dense_layers", 2])
+    assert "--dense_layers 2: the model has 2 layers" in capfd.readouterr().err
