@@ -39,6 +39,7 @@ others() {  # labelled rows beside the main ones, at the learning rate of their 
   echo "lora sparse_lora.py --mode contextual
 lora lora.py --rank 32
 hira hira.py --rank 32
+lora qlora.py --name qlora-loras_rate
 sparse_lora sparse_lora.py --structure rank
 sparse_lora sparse_lora.py --sparsity 0 --penalty 0.3"
 }
@@ -68,7 +69,7 @@ for dataset in "$@"; do
   { for rate in 5e-5 1e-4 2e-4 5e-4; do
       echo "python common.py --full $flags --split dev --lr $rate $head_lr"
     done
-    variants "$dataset" | while read -r name script; do
+    variants "$dataset" | while read -r name script mode; do
       [ "$script" = common.py ] || for rate in 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1; do
         echo "python $script $flags --split dev --lr $rate $head_lr"
       done
