@@ -247,6 +247,7 @@ def spread(numbers):
     """{n, mean, sd, low, high} of the numbers among `numbers`; low and high are the mean's 95 % interval."""
     x = [v for v in numbers if isinstance(v, int | float) and math.isfinite(v)]
     (low, high), sd = t_interval(x) if x else (math.nan, math.nan), np.std(x, ddof=1) if len(x) > 1 else math.nan
+    sd = 0.0 if len(x) > 1 and min(x) == max(x) else sd  # not what rounding leaves of it
     return {"n": len(x), "mean": float(np.mean(x)) if x else math.nan, "sd": float(sd), "low": low, "high": high}
 
 
@@ -386,7 +387,8 @@ def num(x, form, scale=1):
     mean, sd = (x["mean"], x["sd"]) if isinstance(x, dict) else (x, 0)
     if mean is None or math.isnan(mean):
         return NONE
-    return f"{mean * scale:{form}}" + (f" ± {sd * scale:{form}}" if sd > 0 else "")
+    plus = f"{sd * scale:{form}}" if sd > 0 else ""
+    return f"{mean * scale:{form}}" + f" ± {plus}" * bool(plus.strip("0."))  # none where it rounds to zero
 
 
 def span(x, form, scale=1):

@@ -82,4 +82,4 @@ for dataset in "$@"; do
     { variants "$dataset"; others; } | commands "$dataset" "--quality_only --seeds 1 2" | each "${JOBS:-1}"
   fi
 done
-[ -n "${LIST:-}" ] || python compare.py results/ results/3-epochs --price 0.1 --readme README.md  # two cloud cores, about
+[ -n "${LIST:-}" ] || python compare.py results/ --price 0.1 --readme README.md docs/report.md  # two cloud cores, about

@@ -97,20 +97,36 @@ def test_the_speed_table_is_made_from_the_kept_figures():
     assert inside == (page() + "\n" if RECORD.exists() else "")
 
 
-def test_the_results_table_is_made_from_the_result_files(tmp_path):
-    """README's main table and the page are what compare.py makes of the committed files: nothing is typed, nothing is stale."""
-    text = (ROOT / "README.md").read_text()
-    source = re.search(r"`python compare\.py (.+?) --readme README\.md`", text)[1].split()
-    copies = []
-    for i, folder in enumerate(word for word in source if word.startswith("results")):
-        copies.append(tmp_path / str(i))
-        copies[-1].mkdir()
+def test_the_tables_are_made_from_the_result_files(tmp_path):
+    """README, the report and the page are what compare.py makes of the committed files: nothing is typed, nothing is stale."""
+    words = re.search(r"`python compare\.py (results/.+? --readme .+?)`", (ROOT / "README.md").read_text())[1].split()
+    folders, pages = [word for word in words if word.startswith("results")], [word for word in words if word.endswith(".md")]
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
         for file in (ROOT / folder).glob("*.json"):
-            (copies[-1] / file.name).write_bytes(file.read_bytes())
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    options = [word for word in source if not word.startswith("results")]
-    compare.main([*map(str, copies), *options, "--readme", str(readme), "--no_plots"])
-    assert readme.read_text() == text
-    page = (ROOT / source[0] / "README.md").read_text()
-    assert re.sub(r"### Plots\n\n(!\[.*\]\(.*\)\n\n)+", "", page) == (copies[0] / "README.md").read_text()
+            (tmp_path / folder / file.name).write_bytes(file.read_bytes())
+    for page in pages:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text((ROOT / page).read_text())
+    compare.main([*(str(tmp_path / word) if word in folders + pages else word for word in words), "--no_plots"])
+    for page in pages:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), page
+    page = (ROOT / folders[0] / "README.md").read_text()
+    assert re.sub(r"### Plots\n\n(!\[.*\]\(.*\)\n\n)+", "", page) == (tmp_path / folders[0] / "README.md").read_text()
+
+
+def test_every_number_in_the_report_is_generated_or_cited():
+    """Each decimal and each number from 100 on in the report's prose stands in a generated table, or its paragraph says where
+    it comes from."""
+    report = (ROOT / "docs/report.md").read_text()
+    tables = "".join(re.findall(r"<!-- (\w+) -->(.*?)<!-- /\1 -->", report, re.DOTALL)[i][1] for i in range(4))
+    known = {number.rstrip(",.") for number in re.findall(r"\d[\d,.]*", tables + (ROOT / "results/README.md").read_text())}
+    prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", report, flags=re.DOTALL)
+    checked = 0
+    for block in re.split(r"\n\n|\n(?=\||- |\d\. )", prose):
+        cited = re.search(r"arithmetic|papers\.md|README|table \d|\.json`|an assumption", block)
+        words = re.sub(r"\(\S*\.png\)", "", block)
+        for number in re.findall(r"(?<![\w.,-])(?:\d[\d,]*\.\d+|\d[\d,]{2,}(?![\w.]))", words):
+            checked += 1
+            assert number.rstrip(",") in known or cited, f"{number} in: {block[:80]}"
+    assert checked > 20
