@@ -19,7 +19,7 @@ paper predicts which channels matter with a rank-8 SVD of the frozen weight (--e
 picks little better than chance, so by default the score is exact, on 64 of the batch's rows (--estimator sample).
 Attention projections stay dense: slicing them makes their products 1.6 to 2.5 times as fast where the feed-forward ones gain
 9 times (slicing_gain in tests/bench_peers.py, two CPU cores), 4 to 6 % of all linear layers' time in a six-layer model.
-Which layers are sliced follows the paper's GLUE map.
+Which layers are sliced follows the paper's GLUE map; --dense_layers moves where it begins.
 """
 
 import math
