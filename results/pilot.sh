@@ -10,4 +10,4 @@ python qlora.py $flags --lr 3e-3
 python hira.py $flags --lr 1e-2
 python sparse_lora.py $flags --lr 3e-3
 python sparse_lora.py $flags --lr 3e-3 --mode contextual
-python compare.py results/pilot/ --readme README.md
+python compare.py results/pilot/
