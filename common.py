@@ -372,7 +372,7 @@ def load_data(run):
         tensor.numpy().tobytes() for split in (data.train, data.dev, data.eval)
         for tensor in (split.tokens, split.starts, split.rows, split.labels) if tensor is not None)).hexdigest()
     kind = {"classification": "rows", "mlm": "blocks, masked LM", "clm": "blocks, causal LM"}[task]
-    scored = "dev, cut from train" if run.split == "dev" else data.eval_split
+    scored = data.eval_split if run.split != "dev" else "dev, cut from train" if data.classes else "validation, which is dev"
     say(f"{run.settings['dataset']}: {len(data.train.rows):,} training {kind}; scored on {len(data.scored.rows):,} "
         f"({scored}){', a subset' if data.subset else ''}; at most {run.max_length} tokens a row")
     return data

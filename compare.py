@@ -285,6 +285,18 @@ def compare_pairs(variants, metric):
     return pairs
 
 
+def compare_labelled(variants, metric):
+    """Each labelled row beside its method's default variant and beside LoRA, by shared seed. Looked at, not tested."""
+    rows = {}
+    for name, runs in variants.items():
+        method = runs[0]["method"]
+        for other in dict.fromkeys((method, "lora")) if name != method else ():
+            there = {run["seed"]: run["metrics"][metric] for run in variants.get(other, ())}
+            rows.setdefault(name, {})[other] = spread([run["metrics"][metric] - there[run["seed"]]
+                                                       for run in runs if run["seed"] in there])
+    return rows
+
+
 def cost_groups(runs):
     """Costs of the quiet runs for each device, number of threads and precision; the place with most of them first."""
     places, groups = {}, []
@@ -352,7 +364,8 @@ def analyse(runs, metric=None):
              "search": search, "_runs": variants,
              "variants": {name: summarise(runs, QUALITY) | {"seeds": [run["seed"] for run in runs]} | {
                  k: runs[0][k] for k in ("label", "method")} for name, runs in variants.items()},
-             "pairs": compare_pairs(variants, m), "costs": cost_groups(scored), "cautions": cautions(variants, search)}
+             "pairs": compare_pairs(variants, m),
+             "labelled": compare_labelled(variants, m), "costs": cost_groups(scored), "cautions": cautions(variants, search)}
         for twin in [t["same"] for t in groups if t["same"]["data set"] == same[0] and t["model"] == g["model"]][:1]:
             other = [f"{k} ({str(v)[:8]}, there {str(twin[k])[:8]})" for k, v in g["same"].items() if v != twin[k]]
             g["cautions"].append(f"Not comparable with the first group above because of other {', '.join(other)}.")
@@ -377,6 +390,7 @@ nothing beats it in both."""
 DEMO = "Generated text, to see everything work. It says nothing about real data."
 MANY = f"With more than 16 seeds the sign-flip p is from {FLIPS:,} random flips with a fixed seed."
 NOISY = "No run was quiet enough, so there are no costs to compare and no plots of them."
+LABELLED = "The labelled rows, by shared seed: looked at, not tested."
 SEARCH = "Scores on the dev split, which no other table has. ← marks the choice. Head only: the head's learning rate."
 SAME_RATE = """The same records at one learning rate for all, and with each method's own choice. This shows how much
 the choice matters. It is no evidence about the methods."""
@@ -429,7 +443,8 @@ def verdict(g):
     for what, (_, path, factor, form) in {"training time, s": TIME, "peak memory in training, MiB": PEAK}.items():
         ranked = sorted((costs[n][path]["mean"] * factor, METHODS[n]) for n in TESTED if n in costs)
         if len(ranked) > 1:
-            lines.append(f"Least {what}: " + ", then ".join(f"{n} {x:{form}}" for x, n in ranked) + ".")
+            order = ", then ".join(f"{n} {x:{form}}" for x, n in ranked)
+            lines.append(f"Least {what} (order of means, not tested): {order}.")
     return lines
 
 
@@ -465,6 +480,30 @@ def pair_table(g):
              "verdict": p["verdict"]} for p in g["pairs"]]
 
 
+def labelled_table(g):
+    """The labelled rows' differences, where there are any."""
+    _, scale, form = METRICS[g["metric"]]
+    rows = []
+    for name, beside in g["labelled"].items():
+        v, lora = g["variants"][name], beside["lora"]
+        own = beside[v["method"]] if v["method"] != "lora" else spread([])
+        rows.append({"row": v["label"], "seeds": str(max(own["n"], lora["n"])),
+                     "minus its method": num(own["mean"], "+" + form, scale), "95 %": span(own, "+" + form, scale),
+                     "minus LoRA": num(lora["mean"], "+" + form, scale), "95 % of that": span(lora, "+" + form, scale)})
+    return rows
+
+
+def drift(costs):
+    """How far the machine itself changed its speed between the runs whose costs are compared."""
+    shape = costs["shapes"][-1] if costs["shapes"] else None
+    base = [v[f"inference.{shape}.base.latency_ms.p50"]["mean"] for v in costs["variants"].values()] if shape else []
+    base = [ms for ms in base if not math.isnan(ms)]
+    return (f"The same base model took {min(base):,.0f} to {max(base):,.0f} ms for the same {shape} in these rows: the "
+            "machine's doing, not a method's. Times of two rows within "
+            f"{100 * (max(base) / min(base) - 1):.0f} % may not differ at all. Within a row, base, merged and unmerged took "
+            "turns.") if len(base) > 1 else ""
+
+
 def search_tables(g):
     """All candidates of the learning-rate search, and from the same records the methods at one rate for all."""
     _, scale, form = METRICS[g["metric"]]
@@ -490,7 +529,7 @@ def render(blocks, plain=False):
         if isinstance(block, list):
             heads = [h for h in block[0] if any(row[h] != NONE for row in block)]  # columns without any entry go
             wide = {h: max(len(h), *(len(row[h]) for row in block)) for h in heads}
-            side = {h: "<" if h in ("method", "pair", "verdict") else ">" for h in heads}
+            side = {h: "<" if h in ("method", "pair", "row", "verdict") else ">" for h in heads}
             lines = [[f"{row[h]:{side[h]}{wide[h]}}" for h in heads] for row in [{h: h for h in heads}, *block]]
             lines.insert(1, ["-" * (wide[h] - 1) + ("-" if plain or side[h] == "<" else ":") for h in heads])
             block = "\n".join("  ".join(line).rstrip() if plain else f"| {' | '.join(line)} |" for line in lines)
@@ -508,11 +547,12 @@ def page(g, plots):
     if g["variants"]:
         blocks += [summary(g), "### Verdict", (*verdict(g), *g["cautions"]), "### Pairs" * bool(g["pairs"]),
                    pair_table(g), MANY * any(not p["all_flips"] for p in g["pairs"])]
+        blocks += [LABELLED, labelled_table(g)] if g["labelled"] else []
         for head, columns in QUALITY.items():
             blocks += [f"### {head}", table(g, g["variants"], columns)]
     for c in g["costs"]:
         shared = f"{c['left_out']} of {c['runs']} runs left out: their load average shows that the machine was shared."
-        blocks += [f"### Cost: {c['place']}", shared * (c["left_out"] > 0), NOISY * (not c["variants"])]
+        blocks += [f"### Cost: {c['place']}", shared * (c["left_out"] > 0), NOISY * (not c["variants"]), drift(c)]
         for head, columns in c["_columns"].items() if c["variants"] else ():
             blocks += [f"**{head}**", table(g, c["variants"], columns)]
     blocks += ["### Plots" * bool(plots), *(f"![{title(g)}: {g['metric']}, {words}]({file})" for file, words in plots)]
@@ -526,8 +566,9 @@ def excerpts(g, words):
     tables = [block for head, columns in costs["_columns"].items() for block in (
         f"{head}:", table(g, costs["variants"], columns))] if costs["variants"] else []
     every, same_rate = search_tables(g)
-    return {"results": [summary(g), words] if g["variants"] else [], "pairs": [pair_table(g)] if g["pairs"] else [],
-            "costs": [f"Means of the quiet runs on {costs['place']}.", *tables] if tables else [],
+    labelled = [LABELLED, labelled_table(g)] if g["labelled"] else []
+    return {"results": [summary(g), words] if g["variants"] else [], "pairs": [pair_table(g), *labelled] if g["pairs"] else [],
+            "costs": [f"Means of the quiet runs on {costs['place']}. {drift(costs)}", *tables] if tables else [],
             "search": [every, same_rate] if every else []}
 
 

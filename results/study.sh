@@ -39,9 +39,13 @@ others() {  # labelled rows beside the main ones, at the learning rate of their 
   echo "lora sparse_lora.py --mode contextual
 lora lora.py --rank 32
 hira hira.py --rank 32
-lora qlora.py --name qlora-loras_rate
 sparse_lora sparse_lora.py --structure rank
 sparse_lora sparse_lora.py --sparsity 0 --penalty 0.3"
+}
+
+crossed() {  # SST-2's search chose two rates for LoRA and QLoRA: each at the other's, to tell the rate from the 4 bits
+  echo "lora qlora.py --name qlora-loras_rate
+qlora lora.py --name lora-qloras_rate"
 }
 
 commands() {  # commands DATASET FLAGS: put the chosen learning rates to the variants on stdin
@@ -54,14 +58,15 @@ commands() {  # commands DATASET FLAGS: put the chosen learning rates to the var
 
 [ $# -gt 0 ] || set -- sst2 imdb wikitext2
 for dataset in "$@"; do
-  head_lr=""
+  head_lr="" heads="3e-4 1e-3 3e-3 1e-2" rates="3e-4 1e-3 3e-3 1e-2 3e-2 1e-1"
   case $dataset in
     sst2) flags="--dataset sst2 --model models/all-MiniLM-L6-v2 --train_samples 8000 --epochs 1" alone="0 1 2" ;;
-    imdb) flags="--dataset imdb --model models/all-MiniLM-L6-v2 --train_samples 2000 --eval_samples 2000 --epochs 1" alone=0 ;;
+    imdb) flags="--dataset imdb --model models/all-MiniLM-L6-v2 --train_samples 2000 --eval_samples 2000 --epochs 1" alone=0
+      heads="3e-3 1e-2 3e-2" rates="1e-3 3e-3 1e-2 3e-2" ;;  # a run here takes four times as long: those around SST-2's best
     wikitext2) flags="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000 --eval_samples 1000 --epochs 1" alone=0 ;;
   esac
   if [ "$dataset" != wikitext2 ]; then  # one --head_lr for all, chosen with the head alone
-    for rate in 3e-4 1e-3 3e-3 1e-2; do
+    for rate in $heads; do
       echo "python common.py $flags --split dev --head_lr $rate"
     done | each "${JOBS:-1}"
     head_lr="--head_lr $(best "$dataset" head_only)"
@@ -70,13 +75,14 @@ for dataset in "$@"; do
       echo "python common.py --full $flags --split dev --lr $rate $head_lr"
     done
     variants "$dataset" | while read -r name script mode; do
-      [ "$script" = common.py ] || for rate in 3e-4 1e-3 3e-3 1e-2 3e-2 1e-1; do
+      [ "$script" = common.py ] || for rate in $rates; do
         echo "python $script $flags --split dev --lr $rate $head_lr"
       done
     done; } | each "${JOBS:-1}"
   { variants "$dataset"; others; } | commands "$dataset" "--seeds $alone" | each 1
   if [ "$dataset" = sst2 ]; then
     variants sst2 | commands sst2 "--quality_only --seeds 3 4 5 6 7 8 9" | each "${JOBS:-1}"
+    crossed | commands sst2 "--quality_only --seeds 0 1 2 3 4 5 6 7 8 9" | each "${JOBS:-1}"
     variants sst2 | commands sst2 "--quality_only --seeds 0 1 --epochs 3 --out results/3-epochs" | each "${JOBS:-1}"
   else
     { variants "$dataset"; others; } | commands "$dataset" "--quality_only --seeds 1 2" | each "${JOBS:-1}"

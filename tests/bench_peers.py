@@ -3,11 +3,13 @@
     python tests/bench_peers.py --model models/all-MiniLM-L6-v2                # LoRA, QLoRA, HiRA against their peers
     python tests/bench_peers.py --model models/all-MiniLM-L6-v2 --ablate       # our choices, each switched off
     python tests/bench_peers.py --model models/all-MiniLM-L6-v2 --dataset imdb --contextual    # against our LoRA
+    python tests/bench_peers.py --model models/all-MiniLM-L6-v2 --dataset imdb --profile       # where the two spend time
 
 Both sides: the same base, rows, batch size, length limit, epochs, dtype, AdamW (fused), learning rates, the checkpoint's own
 dropout, clipping, warm-up; adapter dropout 0. The clock runs from the first batch to the end of the last step. Peers run
 with the Trainer's length-grouped sampler and with its default one. Every run is a process of its own; runs alternate, and
 ratios are medians over the rounds, each of which has a seed of its own. Run it on a machine that does nothing else.
+--random distilbert (or bert) takes that architecture with random weights and --model's tokenizer: for speed, not accuracy.
 With --record the figures go to tests/bench_peers.json and from there into README.md.
 """
 
@@ -35,6 +37,19 @@ def flags(args, method):
              args.eval_samples, "--epochs", 1, "--lr", lr, "--head_lr", lr, "--batch_size", args.batch_size,
              "--precision", args.precision, "--device", args.device, "--out", "/nonexistent/never-written"]
     return words + (["--max_length", args.max_length] if args.max_length else [])
+
+
+def random_model(kind, model):
+    """A folder with the architecture's random weights, in its usual size, and the tokenizer of `model`; made once."""
+    import torch
+    import transformers
+    folder = ROOT / "models" / f"random-{kind}"
+    if not folder.is_dir():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        torch.manual_seed(0)
+        transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def prepare(args, script, extra=()):
@@ -141,6 +156,35 @@ def peer(args, name, sampler):
             "accuracy": common.score(model, data, run).get("accuracy")}
 
 
+PARTS = {  # what torch's profiler calls the parts of an encoder's training step on a CPU
+    "products of linear layers": ("aten::mm", "aten::addmm"), "products in attention": ("aten::bmm",),
+    "softmax and dropout in attention": ("QuickAttention", "QuickAttentionBackward"),  # its products are taken off
+    "other dropout": ("QuickDropout", "QuickDropoutBackward"),
+    "activation": ("aten::gelu", "aten::gelu_backward"),
+    "layer norm": ("aten::native_layer_norm", "aten::native_layer_norm_backward"),
+    "picking and gathering channels": ("aten::index", "aten::topk", "aten::sort", "aten::cat", "aten::index_copy_"),
+}
+
+
+def profile(args, name, extra=()):
+    """Milliseconds a sample of one of our scripts' training, by part of the step."""
+    import torch
+
+    import common
+    script = __import__(name)
+    run, data, model = prepare(args, script, extra)
+    method = script.adapt(model, run)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        history = common.train(model, data, run, method)
+    events = {event.key: event for event in seen.key_averages()}
+    inside = ("QuickAttention", "QuickAttentionBackward", "QuickDropout", "QuickDropoutBackward")  # Functions: with their ops
+    found = {part: sum(events[key].cpu_time_total if key in inside else events[key].self_cpu_time_total
+                       for key in keys if key in events) for part, keys in PARTS.items()}
+    found["softmax and dropout in attention"] -= found["products in attention"]
+    found["all the rest"] = history.seconds * 1e6 - sum(found.values())
+    return {part: us / 1000 / history.rows for part, us in found.items()} | {"all": history.seconds * 1000 / history.rows}
+
+
 def slicing_gain(width, rows, sparsity=0.9):
     """Seconds of one block's attention projections and of its feed-forward layers, forward and input gradient, dense and
     sliced: {"attention": (dense, sliced), "feed-forward": (dense, sliced)}. Attention drops 0.8 times as much."""
@@ -228,13 +272,23 @@ def relative_table(results):
     return markdown(["training loop", "samples/s", "padded tokens a sample", "peak MiB", "accuracy", "times the first"], rows)
 
 
+def profile_table(results):
+    """One row for each part of a training step: milliseconds a sample, and the share of the run."""
+    return markdown(["ms a sample", *results], [
+        [part, *(f"{median(runs, part):.1f} ({100 * median(runs, part) / median(runs, 'all'):.0f} %)"
+                 for runs in results.values())] for part in (*PARTS, "all the rest", "all")])
+
+
+def table(kind, results):
+    return {"peers": peers_table, "profile": profile_table}.get(kind, relative_table)(results)
+
+
 def page():
     """README's part on speed, from tests/bench_peers.json."""
     text = []
     for kind, part in json.loads(RECORD.read_text()).items():
-        table = peers_table(part["results"]) if kind.startswith("peers") else relative_table(part["results"])
         what = f"({part['machine']}; {part['rounds']} rounds: medians, and the mean accuracy)"
-        text.append(f"`{part['command']}`\n{what}:\n\n{table}")
+        text.append(f"`{part['command']}`\n{what}:\n\n{table(kind.split()[0], part['results'])}")
     return "\n\n".join(text)
 
 
@@ -244,7 +298,7 @@ def record(args, kind, results):
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     kept = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     words = [word for word in sys.argv[1:] if word != "--record"]
-    kept[f"{kind} {args.dataset} {Path(args.model).name} {args.device}"] = {
+    kept[f"{kind} {args.dataset} {args.random or Path(args.model).name} {args.device}"] = {
         "command": f"python tests/bench_peers.py {' '.join(words)}", "rounds": args.rounds,
         "machine": f"{machine}, {args.precision}, torch {torch.__version__.split('+')[0]}", "results": results}
     RECORD.write_text(json.dumps(kept, indent=1) + "\n")
@@ -266,21 +320,29 @@ def main():
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     add("--rounds", type=int, default=3)
     add("--ablate", action="store_true", help="our own choices, each switched off, instead of the peers")
-    add("--contextual", nargs="*", metavar="SPARSITY", help="contextual sparsity against our LoRA instead of the peers "
-        "(default: 0.9, the shipped setting)")
+    add("--contextual", nargs="*", metavar="SPARSITY[/LAYERS]", help="contextual sparsity against our LoRA instead of the "
+        "peers; with /LAYERS that many first layers stay dense (default: 0.9, the shipped setting, which is half of them)")
+    add("--profile", action="store_true", help="where the time goes, in LoRA and in each setting of --contextual")
+    add("--random", choices=["distilbert", "bert"], help="this architecture with random weights and --model's tokenizer")
     add("--json", action="store_true")
     add("--record", action="store_true", help="keep the figures in tests/bench_peers.json and README.md")
     add("--seed", type=int, default=0, help=argparse.SUPPRESS)
     add("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.random:
+        args.model = random_model(args.random, args.model)
     if args.job:
         side, *rest = json.loads(args.job)
-        print(json.dumps({"ours": ours, "peer": peer}[side](args, *rest)))
+        print(json.dumps({"ours": ours, "peer": peer, "profile": profile}[side](args, *rest)))
         return
-    if args.contextual is not None:
-        kind, jobs = "contextual", {"lora": ("ours", "lora")} | {
-            f"contextual, sparsity {sparsity}": ("ours", "sparse_lora", None, ["--mode", "contextual", "--sparsity", sparsity])
-            for sparsity in args.contextual or ["0.9"]}
+    if args.contextual is not None or args.profile:
+        kind, jobs = "profile" if args.profile else "contextual", {"lora": ["lora", []]}
+        for setting in args.contextual or ["0.9"]:
+            sparsity, _, dense = setting.partition("/")
+            jobs[f"contextual, sparsity {sparsity}{f', {dense} layers dense' if dense else ''}"] = [
+                "sparse_lora", ["--mode", "contextual", "--sparsity", sparsity, *(["--dense_layers", dense] if dense else [])]]
+        jobs = {label: ("profile", name, extra) if args.profile else ("ours", name, None, extra)
+                for label, (name, extra) in jobs.items()}
     elif args.ablate:
         kind, jobs = "ablation", {f"{name}, {off}": ("ours", name, off) for name in args.methods for off in ABLATIONS
                                   if off != "autograd's backward" or name != "lora"}
@@ -290,7 +352,7 @@ def main():
     results = alternate(args, jobs)
     if args.record:
         record(args, kind, results)
-    print(json.dumps(results, indent=1) if args.json else (peers_table if kind == "peers" else relative_table)(results))
+    print(json.dumps(results, indent=1) if args.json else table(kind, results))
     for width, rows in ((384, 1024), (768, 1024)) if args.ablate and not args.json else ():
         for part, (dense, sliced) in slicing_gain(width, rows).items():
             print(f"width {width}, {rows} rows: {part} {dense * 1000:.0f} ms dense, {sliced * 1000:.0f} ms sliced at "

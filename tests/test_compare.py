@@ -254,6 +254,32 @@ def test_one_method_one_seed_and_variants_without_p(tmp_path, capsys):
 # ---------------------------------------------------------------------------- files
 
 
+def test_labelled_rows_stand_beside_their_method_and_lora_by_shared_seed(tmp_path, capsys):
+    scores = {"lora": [0.80, 0.81, 0.83, 0.70], "qlora": [0.78, 0.80, 0.80], "lora-rank32": [0.79, 0.82, 0.81],
+              "qlora-rank32": [0.77, 0.81, 0.82]}
+    runs = [result(name, seed, score=x) for name, row in scores.items() for seed, x in enumerate(row)]
+    text, _, _ = page(capsys, write(tmp_path / "r", *runs))
+    table = text.split(compare.LABELLED)[1].split("###")[0]
+    lora, qlora = (next(line for line in table.splitlines() if line.startswith(f"| {name} ")).split("|")[1:-1]
+                   for name in ("LoRA-rank32", "QLoRA-rank32"))
+    assert [cell.strip() for cell in lora][:5] == ["LoRA-rank32", "3", "–", "–", "-0.67"]  # -1, 1, -2: seed 3 is not shared
+    assert [cell.strip() for cell in qlora][:3] == ["QLoRA-rank32", "3", "+0.67"]  # -1, 1, 2
+    low, high = stats.t.interval(0.95, 2, np.mean([-1, 1, 2]), stats.sem([-1, 1, 2]))
+    assert qlora[3].strip() == f"{low:+.2f} to {high:+.2f}" and qlora[4].strip() == "-1.33"  # -3, 0, -1
+
+
+def test_a_machine_that_changed_its_speed_is_told(tmp_path, capsys):
+    runs = [result(name, seed) for name in ("full", "lora", "hira") for seed in (0, 1)]
+    for run in runs:
+        ms = {"full": 100.0, "lora": 110.0, "hira": 120.0}[run["method"]] + 10 * run["seed"]
+        run["inference"] = [part | {"base": {"latency_ms": {"p50": ms * (part["batch"] == 32) + 3}, "samples_per_second": 1}}
+                            for part in run["inference"]]
+    text, _, _ = page(capsys, write(tmp_path / "r", *runs))
+    assert "took 108 to 128 ms for the same batch 32, length 128 in these rows" in text and "within 19 % may" in text
+    text, _, _ = page(capsys, write(tmp_path / "one", runs[0]))
+    assert "The same base model took" not in text
+
+
 def test_broken_files_are_named_and_skipped(tmp_path, capsys):
     folder, good = Path(write(tmp_path / "r", result())), result("hira")
     (folder / "cut.json").write_text(json.dumps(good)[:500])

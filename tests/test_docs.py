@@ -71,7 +71,8 @@ def test_every_line_of_the_study_is_a_command_that_its_script_takes():
             if args.dataset == dataset and args.split == "dev" and args.method not in ("head_only", "full"):
                 tried.setdefault(args.name, []).append(args.lr)
         assert set(tried) == {"lora", "qlora", "hira", "sparse_lora"}
-        assert {tuple(rates) for rates in tried.values()} == {(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+        assert {tuple(rates) for rates in tried.values()} == {
+            (1e-3, 3e-3, 1e-2, 3e-2) if dataset == "imdb" else (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
         full = [args.lr for args in parsed.values() if (args.dataset, args.method, args.split) == (dataset, "full", "dev")]
         assert full == [5e-5, 1e-4, 2e-4, 5e-4]
     scored = [args for args in parsed.values() if args.split == "test"]
@@ -81,8 +82,8 @@ def test_every_line_of_the_study_is_a_command_that_its_script_takes():
         if args.dataset == "sst2" and args.epochs == 1:
             seeds.setdefault(args.name, set()).update(args.seeds)
     assert {name for name, found in seeds.items() if found == set(range(10))} == {
-        "head_only", "full", "lora", "qlora", "hira", "sparse_lora"}
-    assert all(found >= {0, 1, 2} for found in seeds.values()) and len(seeds) == 12
+        "head_only", "full", "lora", "qlora", "hira", "sparse_lora", "qlora-loras_rate", "lora-qloras_rate"}
+    assert all(found >= {0, 1, 2} for found in seeds.values()) and len(seeds) == 13
 
 
 def test_one_data_set_of_the_study_alone():
