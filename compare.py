@@ -197,6 +197,9 @@ def read(path):
     hash((run["id"], run["place"]))
     memory["above_start"] = memory["train_peak"] - memory["before_training"]
     run["inference"] = {f"batch {e['batch']}, length {e['length']}": e for e in run.get("inference") or []}
+    for e in run["inference"].values():  # within a run the states took turns, so the machine's drift cancels in a ratio
+        e["ratio"] = {state: e[state]["latency_ms"]["p50"] / e["base"]["latency_ms"]["p50"]
+                      for state in ("merged", "unmerged") if state in e}
     load = run["environment"].get("load_average") or [0]
     run["quiet"] = max(load) <= run["environment"]["threads"] + 0.5  # a run by itself makes about `threads` of load
     if run.setdefault("correct") is not None:
@@ -308,7 +311,9 @@ def cost_groups(runs):
         columns = COSTS | {f"Inference, {shape}": [
             (f"{state}, {unit}", f"inference.{shape}.{state}.{what}", 1, form)
             for unit, what, form in (("p50 ms", "latency_ms.p50", ",.2f"), ("samples/s", "samples_per_second", ",.0f"))
-            for state in ("base", "merged", "unmerged")] for shape in shapes}
+            for state in ("base", "merged", "unmerged")] + [
+            (f"{state} / base, ms", f"inference.{shape}.ratio.{state}", 1, ".3f") for state in ("merged", "unmerged")]
+            for shape in shapes}
         groups.append({"place": "{}, {} threads, {}".format(*place), "runs": len(found), "shapes": shapes,
                        "left_out": len(found) - sum(map(len, quiet.values())), "_quiet": quiet, "_columns": columns,
                        "variants": {name: summarise(runs, columns) for name, runs in quiet.items()}})

@@ -58,12 +58,17 @@ commands() {  # commands DATASET FLAGS: put the chosen learning rates to the var
 
 [ $# -gt 0 ] || set -- sst2 imdb wikitext2
 for dataset in "$@"; do
-  head_lr="" heads="3e-4 1e-3 3e-3 1e-2" rates="3e-4 1e-3 3e-3 1e-2 3e-2 1e-1"
+  # candidates: of the head, of full fine-tuning, one list for all adapters; fewer where a run takes long
+  head_lr="" heads="3e-4 1e-3 3e-3 1e-2" fulls="5e-5 1e-4 2e-4 5e-4" rates="3e-4 1e-3 3e-3 1e-2 3e-2 1e-1"
   case $dataset in
-    sst2) flags="--dataset sst2 --model models/all-MiniLM-L6-v2 --train_samples 8000 --epochs 1" alone="0 1 2" ;;
-    imdb) flags="--dataset imdb --model models/all-MiniLM-L6-v2 --train_samples 2000 --eval_samples 2000 --epochs 1" alone=0
-      heads="3e-3 1e-2 3e-2" rates="1e-3 3e-3 1e-2 3e-2" ;;  # a run here takes four times as long: those around SST-2's best
-    wikitext2) flags="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000 --eval_samples 1000 --epochs 1" alone=0 ;;
+    sst2)
+      flags="--dataset sst2 --model models/all-MiniLM-L6-v2 --train_samples 8000 --epochs 1" alone="0 1 2" ;;
+    imdb)
+      flags="--dataset imdb --model models/all-MiniLM-L6-v2 --train_samples 2000 --eval_samples 2000 --epochs 1" alone=0
+      heads="3e-3 1e-2 3e-2" fulls="1e-4 2e-4 5e-4" rates="1e-3 3e-3 1e-2 3e-2" ;;
+    wikitext2)
+      flags="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000 --eval_samples 1000 --epochs 1" alone=0
+      fulls="1e-4 2e-4 5e-4 1e-3" rates="3e-3 1e-2 3e-2 1e-1" ;;
   esac
   if [ "$dataset" != wikitext2 ]; then  # one --head_lr for all, chosen with the head alone
     for rate in $heads; do
@@ -71,7 +76,7 @@ for dataset in "$@"; do
     done | each "${JOBS:-1}"
     head_lr="--head_lr $(best "$dataset" head_only)"
   fi
-  { for rate in 5e-5 1e-4 2e-4 5e-4; do
+  { for rate in $fulls; do
       echo "python common.py --full $flags --split dev --lr $rate $head_lr"
     done
     variants "$dataset" | while read -r name script mode; do
