@@ -604,7 +604,7 @@ def plot(g, kind, path):
         y = {k: number * scale for k, number in v[f"metrics.{g['metric']}"].items()}
         points.append((x.mean() * (-1 if kind == "speed" else 1), y["mean"] * (1 if more else -1)))
         if kind == "parameters":  # side by side, or variants of one size would hide each other
-            x = x * math.exp(wide / 35 * (sizes[:i].count(sizes[i]) - (sizes.count(sizes[i]) - 1) / 2))
+            x = x * math.exp(wide / 70 * (sizes[:i].count(sizes[i]) - (sizes.count(sizes[i]) - 1) / 2))
         drawn.append((x.mean(), y["mean"]))
         colour = COLOURS[[*METHODS, v["method"]].index(v["method"])]
         look = {"color": colour, "marker": MARKERS[i % len(MARKERS)], "ls": ""}

@@ -68,7 +68,7 @@ for dataset in "$@"; do
       heads="3e-3 1e-2 3e-2" fulls="1e-4 2e-4 5e-4" rates="1e-3 3e-3 1e-2 3e-2" ;;
     wikitext2)
       flags="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000 --eval_samples 1000 --epochs 1" alone=0
-      fulls="1e-4 2e-4 5e-4 1e-3" rates="3e-3 1e-2 3e-2 1e-1" ;;
+      fulls="1e-4 2e-4 5e-4 1e-3" rates="3e-3 1e-2 3e-2 1e-1 3e-1" ;;
   esac
   if [ "$dataset" != wikitext2 ]; then  # one --head_lr for all, chosen with the head alone
     for rate in $heads; do

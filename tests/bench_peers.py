@@ -62,6 +62,12 @@ def prepare(args, script, extra=()):
     return run, data, common.load_base(run, data)
 
 
+def accuracy(args, model, data, run):
+    """Accuracy on the scored rows; None where they are too few to tell anything."""
+    import common
+    return common.score(model, data, run)["accuracy"] if args.eval_samples >= 500 else None
+
+
 def ours(args, name, off=None, extra=()):
     """Train with one of our scripts; `off` names the one choice of ours that is switched off."""
     import torch
@@ -89,7 +95,7 @@ def ours(args, name, off=None, extra=()):
     history = common.train(model, data, run, method)
     peak = history.memory["train_peak"] - history.before
     return {"samples_per_second": history.rows / history.seconds, "padded_per_sample": history.padded / history.rows,
-            "peak_mib": peak / 2**20, "accuracy": common.score(model, data, run).get("accuracy")}
+            "peak_mib": peak / 2**20, "accuracy": accuracy(args, model, data, run)}
 
 
 def peer(args, name, sampler):
@@ -153,7 +159,7 @@ def peer(args, name, sampler):
     trainer.train()
     return {"samples_per_second": len(rows) / (figures["end"] - figures["start"]),
             "padded_per_sample": figures["padded"] / len(rows), "peak_mib": (figures["peak"] - figures["before"]) / 2**20,
-            "accuracy": common.score(model, data, run).get("accuracy")}
+            "accuracy": accuracy(args, model, data, run)}
 
 
 PARTS = {  # what torch's profiler calls the parts of an encoder's training step on a CPU
@@ -235,6 +241,10 @@ def median(runs, key):
     return statistics.median(run[key] for run in runs)
 
 
+def mean_accuracy(runs):
+    return f"{statistics.mean(run['accuracy'] for run in runs):.3f}" if runs[0]["accuracy"] is not None else "–"
+
+
 def ratio(runs, reference):
     """How many times as fast as the reference: the median over rounds."""
     return statistics.median(a["samples_per_second"] / b["samples_per_second"] for a, b in zip(runs, reference, strict=True))
@@ -255,7 +265,7 @@ def peers_table(results):
             rows.append([name, *(f"{median(runs, 'samples_per_second'):.0f}" for runs in (our, grouped, default)),
                          f"{ratio(our, grouped):.2f}", f"{ratio(our, default):.2f}", lora,
                          " / ".join(f"{median(runs, 'peak_mib'):.0f}" for runs in (our, grouped)),
-                         " / ".join(f"{statistics.mean(run['accuracy'] for run in runs):.3f}" for runs in (our, grouped))])
+                         " / ".join(map(mean_accuracy, (our, grouped)))])
     return markdown(["method", "ours, samples/s", "PEFT + Trainer, length-grouped", "default sampler", "times the grouped",
                      "times the default", "times our LoRA", "peak MiB, ours / grouped", "accuracy, ours / grouped"], rows)
 
@@ -267,7 +277,7 @@ def relative_table(results):
         first = next(key for key in results if key.split(",")[0] == label.split(",")[0])
         first = first if "lora, all on" in results else next(iter(results))
         rows.append([label, f"{median(runs, 'samples_per_second'):.1f}", f"{median(runs, 'padded_per_sample'):.1f}",
-                     f"{median(runs, 'peak_mib'):.0f}", f"{statistics.mean(run['accuracy'] for run in runs):.4f}",
+                     f"{median(runs, 'peak_mib'):.0f}", mean_accuracy(runs),
                      f"{ratio(runs, results[first]):.2f}"])
     return markdown(["training loop", "samples/s", "padded tokens a sample", "peak MiB", "accuracy", "times the first"], rows)
 
