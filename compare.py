@@ -490,8 +490,8 @@ def labelled_table(g):
     _, scale, form = METRICS[g["metric"]]
     rows = []
     for name, beside in g["labelled"].items():
-        v, lora = g["variants"][name], beside["lora"]
-        own = beside[v["method"]] if v["method"] != "lora" else spread([])
+        v, (*own, lora) = g["variants"][name], beside.values()  # a LoRA row has LoRA alone beside it
+        own = own[0] if own else spread([])
         rows.append({"row": v["label"], "seeds": str(max(own["n"], lora["n"])),
                      "minus its method": num(own["mean"], "+" + form, scale), "95 %": span(own, "+" + form, scale),
                      "minus LoRA": num(lora["mean"], "+" + form, scale), "95 % of that": span(lora, "+" + form, scale)})
