@@ -233,7 +233,8 @@ def alternate(args, jobs):
             if done.returncode:
                 raise SystemExit(f"{label} failed:\n{done.stderr[-2000:]}")
             results[label].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {seed + 1}: {label}: {results[label][-1]['samples_per_second']:.1f} samples/s", file=sys.stderr)
+            key = "all" if "all" in results[label][-1] else "samples_per_second"  # ms a sample in a profile
+            print(f"round {seed + 1}: {label}: {key} {results[label][-1][key]:.1f}", file=sys.stderr)
     return results
 
 
@@ -297,7 +298,8 @@ def page():
     """README's part on speed, from tests/bench_peers.json."""
     text = []
     for kind, part in json.loads(RECORD.read_text()).items():
-        what = f"({part['machine']}; {part['rounds']} rounds: medians, and the mean accuracy)"
+        what = f"({part['machine']}; " + ("one run each)" if part["rounds"] == 1 else
+                                          f"{part['rounds']} rounds: medians, and the mean accuracy)")
         text.append(f"`{part['command']}`\n{what}:\n\n{table(kind.split()[0], part['results'])}")
     return "\n\n".join(text)
 
