@@ -12,6 +12,7 @@ evaluate, measure, save_result. Nothing here knows a method; what a method wants
 """
 
 import argparse
+import atexit
 import base64
 import contextlib
 import ctypes
@@ -204,16 +205,18 @@ def parse_args(doc, file, add_args, argv=None):
 
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # set by torchrun
     try:
+        cuda = torch.device(args.device).type == "cuda"
+        if cuda and several:
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
         torch.empty(1, device=args.device).item()
     except Exception as error:  # each backend has its own way to say that it is not there
         fail(f"--device {args.device}: not to be had here ({first_line(error)})")
-    cuda = torch.device(args.device).type == "cuda"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():  # set by torchrun
-        if cuda:
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
+    if several and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
     if args.precision == "auto":
         args.precision = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     quiet_libraries()
@@ -649,7 +652,7 @@ def load_base(run, data):
                 if tensor.ndim > 1 and not tensor.requires_grad:
                     tensor.data = tensor.bfloat16()
         if run.checkpointing:
-            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
     if torch.device(run.device).type == "cpu":
         keep_freed_memory()
         if not data.decoder:
@@ -891,7 +894,8 @@ def train(model, data, run, method):
 
     AdamW with linear warm-up and decay, gradients clipped at norm 1. A step's loss is the sum over its scored examples or
     tokens, divided by their number over all micro-batches and processes, so that neither accumulation nor the number of
-    processes changes the gradient. Only training steps are on the clock. A loss that is not finite ends the run.
+    processes changes the gradient (but for work that is picked for each part, as in contextual sparsity). Only training steps
+    are on the clock. A loss that is not finite ends the run.
     """
     device = torch.device(run.device)
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
@@ -958,7 +962,7 @@ def train(model, data, run, method):
                     if save:
                         save_checkpoint(run, model, optimizer, history)
                     clock.start()
-                if stop:
+                if stop and step < total:
                     bar.close()
                     fail(f"stopped at step {step} of {total}; the same command continues from "
                          f"{'there' if save else 'the last checkpoint'}", 128 + stop[0])
@@ -1374,7 +1378,8 @@ def save_adapter(model, data, run, method):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model, run).items()}
     written = {folder / "adapter_model.tmp": folder / "adapter_model.safetensors"}
-    save_file(tensors, folder / "adapter_model.tmp", metadata={"base_sha256": run.model_sha256})  # two keys: random order
+    save_file(tensors, folder / "adapter_model.tmp", metadata={  # one key: two come in random order
+        "base_sha256": run.model_sha256 + method.get("stored", "")})
     if "peft" in method:
         task = {"classification": "SEQ_CLS", "mlm": None, "clm": "CAUSAL_LM"}[data.task]
         # PEFT saves and loads whole modules: the part of a head's name below the base model, "pooler" or "classifier".
@@ -1403,9 +1408,9 @@ def load_adapter(model, data, run, method):
     except Exception as error:  # no such file, a torn file, another format
         fail(f"--eval_only {folder}: no adapter that can be read ({first_line(error)}); wanted: adapter_model.safetensors "
              "and adapter_config.json")
-    if base not in (None, run.model_sha256):
-        fail(f"--eval_only {folder}: trained on another base model ({config.get('base_model_name_or_path', 'unnamed')}), "
-             f"not on --model {run.model}")
+    if base not in (None, run.model_sha256 + method.get("stored", "")):
+        fail(f"--eval_only {folder}: trained on another base ({config.get('base_model_name_or_path', 'unnamed')}), not on "
+             f"--model {run.model}, or on the same in other bits; change --model or the script")
     flags = {"peft_type": "the script", "r": "--rank", "lora_alpha": "--alpha"}
     for key, flag in flags.items():
         if key in method.get("peft", {}) and config.get(key) != method["peft"][key]:

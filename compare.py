@@ -56,7 +56,7 @@ COSTS = {
     "Training": [
         TIME, ("s per epoch", "time.epoch_seconds", 1, ",.1f"), ("step ms", "time.step_ms.median", 1, ",.1f"),
         ("samples/s", "time.samples_per_second", 1, ",.0f"), ("tokens/s", "time.tokens_per_second", 1, ",.0f"),
-        ("accelerator h", "time.accelerator_hours", 1, ".4f"), ("cost", "time.cost", 1, ".4f")],
+        ("accelerator h", "time.accelerator_hours", 1, ".4f"), ("hours × --price", "time.cost", 1, ".4f")],
     "Memory, MiB": [
         ("training peak", *PEAK[1:]), ("above its start", "memory.above_start", MIB, ",.0f"),
         ("inference peak", "memory.inference_peak", MIB, ",.0f"),
@@ -197,7 +197,7 @@ def read(path):
     hash((run["id"], run["place"]))
     memory["above_start"] = memory["train_peak"] - memory["before_training"]
     run["inference"] = {f"batch {e['batch']}, length {e['length']}": e for e in run.get("inference") or []}
-    for e in run["inference"].values():  # within a run the states took turns, so the machine's drift cancels in a ratio
+    for e in run["inference"].values():  # within a run the states took turns: most of the machine's drift cancels
         e["ratio"] = {state: e[state]["latency_ms"]["p50"] / e["base"]["latency_ms"]["p50"]
                       for state in ("merged", "unmerged") if state in e}
     load = run["environment"].get("load_average") or [0]
@@ -270,7 +270,7 @@ def compare_pairs(variants, metric):
         p_flip, exact = sign_flip(d)
         pairs.append({"a": a, "b": b, "seeds": seeds, "difference": spread(d), "p": paired_t(d), "p_flip": p_flip,
                       "all_flips": exact, "items": None, "mcnemar": None, "better": None})
-        if seeds and all(run.get("correct") is not None for run in x + y):
+        if metric == "accuracy" and seeds and all(run.get("correct") is not None for run in x + y):
             bits = [np.array([run["correct"] for run in side]) for side in (x, y)]
             pairs[-1]["items"] = dict(zip(("mean", "low", "high"), item_noise(*bits), strict=True))
             pairs[-1]["mcnemar"] = mcnemar(*bits).tolist()
@@ -321,13 +321,17 @@ def cost_groups(runs):
 
 
 def learning_rates(runs, metric):
-    """{name: candidates with their mean dev score, the chosen one} from dev runs."""
+    """{name: candidates with their mean dev score over the seeds that all of them have, the chosen one} from dev runs."""
     search = {}
     for name, found in by_name(runs).items():
-        scores = {lr: float(np.mean([run["metrics"][metric] for run in found if run["lr"] == lr]))
-                  for lr in sorted({run["lr"] for run in found})}
+        seeds = {lr: {run["seed"] for run in found if run["lr"] == lr} for lr in sorted({run["lr"] for run in found})}
+        shared = set.intersection(*seeds.values())
+        scores = {lr: float(np.mean([run["metrics"][metric] for run in found
+                                     if run["lr"] == lr and run["seed"] in (shared or seeds[lr])])) for lr in seeds}
         search[name] = {"label": found[0]["label"], "adapter": found[0]["method"] not in ("head_only", "full"),
-                        "scores": scores, "chosen": (max if metric in MORE_IS_BETTER else min)(scores, key=scores.get)}
+                        "scores": scores, "chosen": (max if metric in MORE_IS_BETTER else min)(scores, key=scores.get),
+                        "alike": bool(shared) and (found[0]["method"] == "head_only"
+                                                   or len({run["args"]["head_lr"] for run in found}) == 1)}
     return search
 
 
@@ -347,6 +351,8 @@ def cautions(variants, search):
         "Chosen at the edge of the candidates, the best may lie beyond": {
             n: [f"{s['chosen']:g}"] for n, s in search.items() if n in variants and s["chosen"] in (
                 min(s["scores"]), max(s["scores"])) and len(s["scores"]) > 1},
+        "Candidates with other seeds or another --head_lr than their rivals": {
+            n: map("{:g}".format, s["scores"]) for n, s in search.items() if not s["alike"]},
         "No learning-rate search on record": {n: rates[n] for n in tested if n not in search},
         "Missing seeds, so that pairs use the shared ones": {
             n: sorted(lacking) for n, runs in tested.items() if (lacking := every - {run["seed"] for run in runs})}}
@@ -386,12 +392,13 @@ INTRO = """# Results
 Written by `python compare.py results/` from the result files beside it; do not edit. Scores: mean ± sd over seeds, 95
 % t-interval. Tested are the pairs of the four methods in their default variant, by shared seed, first minus second.
 The t-test's p, adjusted by Holm over a group's pairs, decides at 5 %. The sign-flip p stands beside it; where only
-one of the two is below 5 % the verdict is *unclear*. *Underpowered*: too few seeds to find any winner. A large p is
-no evidence of a difference, and no proof that there is none. Only what beats each of the other methods is bold. *95 %
+one of the two is below 5 % the verdict is *unclear*. *Underpowered*: too few seeds for the sign-flip test to reach 5 % over
+all pairs. The intervals of pairs are not adjusted. A large p is no evidence of a difference, and no proof that there
+is none. Only what beats each of the other methods is bold. *95 %
 over test rows* is the noise of the test set: the difference on each row, averaged over seeds. McNemar's test is made
 for each seed alone and decides nothing. Costs are means over quiet runs; on a CPU, memory is that of the whole
-process. In plots a small dot is a seed, a large mark the mean with its interval, a grey disc the Pareto front:
-nothing beats it in both."""
+process. In plots a large mark is the mean score over all seeds with its interval, a small dot a seed (in plots of
+costs: a quiet run), a grey disc the Pareto front: nothing beats it in both. Times have no front, they drift."""
 DEMO = "Generated text, to see everything work. It says nothing about real data."
 MANY = f"With more than 16 seeds the sign-flip p is from {FLIPS:,} random flips with a fixed seed."
 NOISY = "No run was quiet enough, so there are no costs to compare and no plots of them."
@@ -412,7 +419,8 @@ def num(x, form, scale=1):
 
 def span(x, form, scale=1):
     """An interval for a table."""
-    return NONE if x is None or math.isnan(x["low"]) else f"{x['low'] * scale:{form}} to {x['high'] * scale:{form}}"
+    sure = x is None or math.isnan(x["low"]) or x["low"] == x["high"]  # equal numbers are no evidence of certainty
+    return NONE if sure else f"{x['low'] * scale:{form}} to {x['high'] * scale:{form}}"
 
 
 def title(g):
@@ -431,9 +439,12 @@ def verdict(g):
     for p in (p for p in g["pairs"] if p["better"]):
         good, bad = sorted((p["a"], p["b"]), key=lambda n: n != p["better"])
         low, high = sorted(abs(p["difference"][k]) * scale for k in ("low", "high"))
-        ratios = [f"{where[good][path]['mean'] / where[bad][path]['mean']:.2f} × the {what}" for what, where, path in (
+        ratios = {what: where[good][path]["mean"] / where[bad][path]["mean"] for what, where, path in (
             ("training time", costs, TIME[1]), ("peak memory", costs, PEAK[1]),
-            ("trainable parameters", g["variants"], "parameters.trainable")) if good in where and bad in where]
+            ("trainable parameters", g["variants"], "parameters.trainable")) if good in where and bad in where}
+        if max(time := ratios.get("training time", 1), 1 / time) < drift(g["costs"][0])[0]:
+            del ratios["training time"]  # it says more of the machine
+        ratios = [f"{ratio:.2f} × the {what}" for what, ratio in ratios.items()]
         size = f"{abs(p['difference']['mean']) * scale:{form}}{unit} (95 % interval {low:{form}} to {high:{form}}, "
         lines.append(f"**{METHODS[good]} is better than {METHODS[bad]}** in {name.split(',')[0]}, by {size}adjusted p "
                      f"{p['p_holm']:.2g}, {len(p['seeds'])} seeds). It takes {', '.join(ratios)}.")
@@ -499,14 +510,16 @@ def labelled_table(g):
 
 
 def drift(costs):
-    """How far the machine itself changed its speed between the runs whose costs are compared."""
+    """How far the machine itself changed its speed between the runs whose costs are compared: (the factor, in words)."""
     shape = costs["shapes"][-1] if costs["shapes"] else None
     base = [v[f"inference.{shape}.base.latency_ms.p50"]["mean"] for v in costs["variants"].values()] if shape else []
     base = [ms for ms in base if not math.isnan(ms)]
-    return (f"The same base model took {min(base):,.0f} to {max(base):,.0f} ms for the same {shape} in these rows: the "
-            "machine's doing, not a method's. Times of two rows within "
-            f"{100 * (max(base) / min(base) - 1):.0f} % may not differ at all. Within a row, base, merged and unmerged took "
-            "turns.") if len(base) > 1 else ""
+    if len(base) < 2:
+        return 1.0, ""
+    return max(base) / min(base), (
+        f"The same base model took {min(base):,.0f} to {max(base):,.0f} ms for the same {shape} in these rows: the machine's "
+        f"doing, not a method's. Times of two rows within {100 * (max(base) / min(base) - 1):.0f} % may not differ at all. "
+        "Within a row, base, merged and unmerged took turns.")
 
 
 def search_tables(g):
@@ -547,7 +560,8 @@ def render(blocks, plain=False):
 def page(g, plots):
     """A group's part of the results page, as blocks."""
     s, (search, same_rate) = g["same"], search_tables(g)
-    settings = [f"{k} {f'{v:,}' if isinstance(v, int) else str(v)[:12]}" for k, v in s.items() if v is not None]
+    settings = [f"{k} {f'{v:,}' if isinstance(v, int) else str(v)[:12 if len(str(v)) == 64 else None]}"  # a hash's start
+                for k, v in s.items() if v is not None]
     blocks = [f"## {title(g)}", DEMO * (s["data set"] in DEMOS), ", ".join(settings) + "."]
     if g["variants"]:
         blocks += [summary(g), "### Verdict", (*verdict(g), *g["cautions"]), "### Pairs" * bool(g["pairs"]),
@@ -556,8 +570,11 @@ def page(g, plots):
         for head, columns in QUALITY.items():
             blocks += [f"### {head}", table(g, g["variants"], columns)]
     for c in g["costs"]:
+        if c is not g["costs"][0] and len(c["variants"]) < 2:
+            blocks += [f"Not shown: costs of {c['runs']} more runs on {c['place']}, nothing there to compare."]
+            continue
         shared = f"{c['left_out']} of {c['runs']} runs left out: their load average shows that the machine was shared."
-        blocks += [f"### Cost: {c['place']}", shared * (c["left_out"] > 0), NOISY * (not c["variants"]), drift(c)]
+        blocks += [f"### Cost: {c['place']}", shared * (c["left_out"] > 0), NOISY * (not c["variants"]), drift(c)[1]]
         for head, columns in c["_columns"].items() if c["variants"] else ():
             blocks += [f"**{head}**", table(g, c["variants"], columns)]
     blocks += ["### Plots" * bool(plots), *(f"![{title(g)}: {g['metric']}, {words}]({file})" for file, words in plots)]
@@ -573,7 +590,7 @@ def excerpts(g, words):
     every, same_rate = search_tables(g)
     labelled = [LABELLED, labelled_table(g)] if g["labelled"] else []
     return {"results": [summary(g), words] if g["variants"] else [], "pairs": [pair_table(g), *labelled] if g["pairs"] else [],
-            "costs": [f"Means of the quiet runs on {costs['place']}. {drift(costs)}", *tables] if tables else [],
+            "costs": [f"Means of the quiet runs on {costs['place']}. {drift(costs)[1]}", *tables] if tables else [],
             "search": [every, same_rate] if every else []}
 
 
@@ -613,14 +630,17 @@ def plot(g, kind, path):
         axes.plot(x, [run["metrics"][g["metric"]] * scale for run in runs], ms=3, alpha=0.7, **look)
     if not drawn:
         return False
-    front = np.transpose([drawn[i] for i in pareto(points)])
-    axes.plot(*front, "--o", color="0.8", ms=18, zorder=0, label="Pareto front")
+    if kind in ("parameters", "memory"):
+        front = np.transpose([drawn[i] for i in pareto(points)])
+        axes.plot(*front, "--o", color="0.8", ms=18, zorder=0, label="Pareto front")
     if kind == "parameters":
         axes.set(xscale="log", xlim=(min(sizes) * math.exp(-wide / 6), max(sizes) * math.exp(wide / 6)))
         axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5) if wide < 5 else (1,)), major_formatter=EngFormatter(),
                        minor_locator=NullLocator())
     axes.set(xlabel=words, ylabel=name + " (less is better)" * (not more))
     quiet = f"\nquiet runs on {c['place']}" * (kind != "parameters")
+    if kind in ("speed", "training time") and drift(c)[1]:
+        quiet += f"; two within {100 * (drift(c)[0] - 1):.0f} % may not differ"
     figure.suptitle(title(g) + quiet, fontsize=10, x=0.01, ha="left")
     figure.legend(loc="outside right center", markerscale=0.7, fontsize=9)
     figure.savefig(path, metadata={"Software": None})  # the same bytes whatever wrote them
@@ -662,7 +682,8 @@ def main(argv=None):
         print(json.dumps({"groups": clean(groups), "skipped": skipped}, indent=1))
         return
 
-    home, stems, blocks, short = Path(args.paths[0]), [], [INTRO], []
+    price = f" --price {args.price:g}" if args.price else ""
+    home, stems, blocks, short = Path(args.paths[0]), [], [INTRO.replace("results/`", f"results/{price}`")], []
     sections = {name: [] for name in ("results", "pairs", "costs", "search")}
     home = home if home.is_dir() else home.parent
     for g in groups:
@@ -672,9 +693,9 @@ def main(argv=None):
             file = f"{stem}-{kind.split()[-1]}.png"
             plots += [(file, kind)] if plot(g, kind, home / file) else []
         blocks += page(g, plots)
-        words = tuple(verdict(g)) if g["variants"] else ()
+        words = (*verdict(g), *g["cautions"]) if g["variants"] else ()
         pairs = [{h: x for h, x in row.items() if not re.search("test|McNemar", h)} for row in pair_table(g)]
-        short += [f"== {title(g)}", summary(g), pairs, search_tables(g)[0], (*words, *g["cautions"])]
+        short += [f"== {title(g)}", summary(g), pairs, search_tables(g)[0], words or tuple(g["cautions"])]
         for name, part in excerpts(g, words).items() if g["same"]["data set"] not in DEMOS else ():
             sections[name] += [f"**{title(g)}**", *part] * any(part)
     commits = [f"{str(value(run, 'environment.commit'))[:12]}{' (changed)' * bool(value(run, 'environment.dirty'))}"

@@ -7,12 +7,14 @@ equation 6.
 
     python hira.py --dataset sst2 --rank 8
 
-Why the update is not low rank: with W0 = Σᵢ σᵢ·uᵢ·vᵢᵀ and B·A = Σⱼ bⱼ·aⱼᵀ, the product W0 ⊙ B·A is the sum of r0·r
-rank-one terms σᵢ·(uᵢ⊙bⱼ)(vᵢ⊙aⱼ)ᵀ. So r numbers a row and column give an update of rank up to r0·r, as many parameters
-as LoRA's; the price is a gradient as large as W0 in every backward pass, three large products where LoRA has two.
+Why the update is not low rank: with W0 = Σᵢ σᵢ·uᵢ·vᵢᵀ (r0 terms, its rank) and B·A = Σⱼ bⱼ·aⱼᵀ, the product W0 ⊙ B·A is
+the sum of r0·r rank-one terms σᵢ·(uᵢ⊙bⱼ)(vᵢ⊙aⱼ)ᵀ. So r numbers per row and per column, as many as LoRA's, give an update
+of rank up to r0·r, and never more than W0's smaller side. The price is a gradient as large as W0 in every backward pass,
+three large products where LoRA has two. As in the authors' code nothing is divided by r and there is no α.
 
-Where this departs from the paper: its A and B are named the other way round; its code scales by neither α nor r, and
-nor does this. Each step on W is multiplied by |W0|, a few hundredths, so the learning rate must be higher than LoRA's.
+Where this departs from the paper: its A and B are named the other way round; the learning rate is 1e-2, not 1e-3 (a step
+on W is multiplied by |W0|, a few hundredths, so it must be higher than LoRA's); --dropout is PEFT's, the authors' code has
+none.
 """
 
 import math
@@ -28,7 +30,7 @@ from common import (
 
 
 def add_args(parser):
-    """Add the flags that only this method has, and its own defaults of shared ones."""
+    """Add this method's flags and defaults."""
     adapter_args(parser)
     parser.set_defaults(lr=1e-2)
     parser.add_argument("--dropout", type=share, default=0.0,

@@ -9,9 +9,9 @@ Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arX
 B starts at zero, so training starts from the unchanged model, and the first step can move B only. A and B together are
 r·(in + out) numbers instead of in·out; merged into W0 they cost nothing at inference.
 
-Where this departs from the paper: A starts Kaiming-uniform, as in the authors' loralib, not Gaussian; α is 2·rank, as
-users of PEFT expect, where the paper keeps α at the first rank tried; dropout (off by default) acts on the adapter's
-input only, as in loralib.
+Where this departs from the paper: A starts Kaiming-uniform, as in the authors' loralib, not Gaussian; α is 2·rank, a
+common choice (PEFT's default is 8, which is rank at rank 8), where the paper keeps α at the first rank tried; dropout
+(off by default) acts on the adapter's input only, as in loralib.
 """
 
 import math
@@ -27,7 +27,7 @@ from common import (
 
 
 def add_args(parser):
-    """Add the flags that only this method has, and its own defaults of shared ones."""
+    """Add this method's flags and defaults."""
     adapter_args(parser)
     parser.add_argument("--alpha", type=positive, help="the update is scaled by alpha/rank (default: 2·rank, so by 2)")
     parser.add_argument("--dropout", type=share, default=0.0,

@@ -13,9 +13,11 @@ together 4.127 bits. This saves memory, never arithmetic: each product first reb
 Where this departs from the paper: LoRA sits on --targets (query and value by default, as in the other scripts, so that
 parameters are equal) where the paper adapts every linear layer; its 8-bit "FP8" is the authors' own dynamic map; the
 optimizer is plain AdamW unless --paged. A paged optimizer moves its state to CPU memory when the GPU's runs out, but
-bitsandbytes pages tensors of 100,000 numbers or more only, so it never pages A or B of an ordinary adapter.
+bitsandbytes pages tensors of 100,000 numbers or more only: A and B of a layer 768 wide from rank 131 on, 4096 wide from
+rank 25.
 """
 
+import functools
 import logging
 import math
 
@@ -24,13 +26,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (
-    adapter_args, block_linears, compute_dtype, evaluate, fail, load_adapter, load_base, load_data, measure,
+    adapter_args, block_linears, compute_dtype, evaluate, fail, first_line, load_adapter, load_base, load_data, measure,
     parse_args, positive, replace, runs, save_result, say, share, train, weight_of,
 )
 
 
 def add_args(parser):
-    """Add the flags that only this method has, and its own defaults of shared ones."""
+    """Add this method's flags and defaults."""
     adapter_args(parser)
     parser.add_argument("--alpha", type=positive, help="the update is scaled by alpha/rank (default: 2·rank, so by 2)")
     parser.add_argument("--dropout", type=share, default=0.0,
@@ -38,7 +40,8 @@ def add_args(parser):
     parser.add_argument("--no_double_quant", action="store_true",
                         help="keep the scales of the 4-bit blocks in fp32: 4.5 instead of 4.127 bits a weight")
     parser.add_argument("--paged", action="store_true",
-                        help="bitsandbytes' paged AdamW, CUDA only; it pages tensors of 100,000 numbers or more, never A or B")
+                        help="bitsandbytes' paged AdamW, CUDA only; it pages tensors of 100,000 numbers or more: A and B of a "
+                             "layer 768 wide from rank 131 on")
     parser.add_argument("--nf4_backend", choices=["auto", "bitsandbytes", "torch"], default="auto",
                         help="who packs and unpacks: the same numbers, bitsandbytes is faster (auto: where it is installed)")
 
@@ -96,15 +99,21 @@ def quantise_scales(absmax):
     return nearest(blocks / absmax2.clamp(min=1e-38)[:, None], DYNAMIC).flatten()[:len(absmax)], absmax2, offset
 
 
+@functools.cache
+def tables(device):
+    """(PAIRS, DYNAMIC) on `device`, copied there once: a GPU would wait for every copy from the host."""
+    return PAIRS.to(device), DYNAMIC.to(device)
+
+
 def dequantise_scales(codes, absmax2, offset):
     """The inverse of quantise_scales, up to rounding: (n,) fp32."""
-    scales = blocks_of(F.embedding(codes.int(), DYNAMIC.to(codes.device)[:, None])[:, 0], 256) * absmax2[:, None]
+    scales = blocks_of(F.embedding(codes.int(), tables(codes.device)[1][:, None])[:, 0], 256) * absmax2[:, None]
     return scales.flatten()[:len(codes)] + offset
 
 
 def dequantise(packed, absmax, shape):
     """The inverse of quantise, up to rounding: weight of `shape` (out, in), fp32."""
-    values = F.embedding(packed.int(), PAIRS.to(packed.device)).flatten()
+    values = F.embedding(packed.int(), tables(packed.device)[0]).flatten()
     return (blocks_of(values, 64) * absmax[:, None]).flatten()[:math.prod(shape)].view(shape)
 
 
@@ -136,7 +145,8 @@ class NF4Linear(nn.Module):
             packed, absmax = quantise(blocks)
             scales = quantise_scales(absmax) if double_quant else (absmax,)
         else:
-            packed, state = bitsandbytes().quantize_4bit(blocks, quant_type="nf4", compress_statistics=double_quant)
+            packed, state = bitsandbytes().quantize_4bit(
+                blocks, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
             scales = (state.absmax, state.state2.absmax, state.offset) if double_quant else (state.absmax,)
         self.register_buffer("packed", packed.flatten(), persistent=False)
         for name, tensor in zip(("scales", "absmax2", "offset"), scales, strict=False):
@@ -153,7 +163,7 @@ class NF4Linear(nn.Module):
             return dequantise(self.packed, absmax, self.shape).to(dtype)
         ops, absmax = torch.ops.bitsandbytes, self.scales
         if self.double_quant:
-            absmax = ops.dequantize_blockwise(absmax, self.absmax2, DYNAMIC.to(absmax.device), 256, torch.float32) + self.offset
+            absmax = ops.dequantize_blockwise(absmax, self.absmax2, tables(absmax.device)[1], 256, torch.float32) + self.offset
         blocks = ops.dequantize_4bit(self.packed[:, None], absmax, 64, "nf4", (len(absmax), 64), dtype)
         return blocks.flatten()[:self.shape.numel()].view(self.shape)
 
@@ -214,9 +224,10 @@ def adapt(model, run):
         try:
             bitsandbytes()
             backend = "bitsandbytes"
-        except (ImportError, RuntimeError, OSError):
+        except (ImportError, RuntimeError, OSError) as error:
             if run.nf4_backend == "bitsandbytes":
-                fail("--nf4_backend bitsandbytes: it cannot be imported; pip install bitsandbytes, or take torch's")
+                fail(f"--nf4_backend bitsandbytes: cannot be imported ({first_line(error)}); pip install bitsandbytes, or "
+                     "--nf4_backend torch")
             backend = "torch"
 
     def quantised(layer):
@@ -234,11 +245,15 @@ def adapt(model, run):
         f"{weights * 2 / 2**20:.1f} in bf16, {weights * 4 / 2**20:.1f} in fp32")
     info = {"backend": backend, "compute_dtype": compute, "double_quant": not run.no_double_quant, "layers": len(layers),
             "weights": weights, "bytes_nf4": stored, "bytes_bf16": 2 * weights, "bytes_fp32": 4 * weights}
-    method = {"peft": {"peft_type": "LORA", "r": run.rank, "lora_alpha": alpha, "lora_dropout": run.dropout},
+    method = {"peft": {"peft_type": "LORA", "r": run.rank, "lora_alpha": alpha, "lora_dropout": run.dropout}, "stored": ":nf4",
               "info": lambda: info}
-    if run.paged and "cuda" in run.device:
-        from bitsandbytes.optim import PagedAdamW32bit
-        method["optimizer"] = PagedAdamW32bit
+    info["paged"] = run.paged and "cuda" in run.device
+    if info["paged"]:
+        try:
+            from bitsandbytes.optim import PagedAdamW32bit
+            method["optimizer"] = PagedAdamW32bit
+        except (ImportError, RuntimeError, OSError) as error:
+            fail(f"--paged: bitsandbytes cannot be imported ({first_line(error)}); install it, or leave --paged out")
     elif run.paged:
         say("--paged needs CUDA; going on with plain AdamW, whose steps are the same")
     return method

@@ -11,15 +11,16 @@ arXiv 1710.01878), by an L1 penalty, or by whole components. This is not from th
 
 --mode contextual: Khaki et al. 2025, "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sparsity",
 arXiv 2506.16500. In each training forward pass the frozen feed-forward layers compute only the channels that matter for
-this batch, forward and backward; the LoRA branch stays dense, and so do the first steps, evaluation and merging.
+the rows in it, forward and backward; the LoRA branch stays dense, and so do the first steps, evaluation and merging. On a
+CPU a batch goes through in parts (parts in common.py), and each part picks channels of its own.
 
 Where contextual departs from the paper, which treats decoders of 7B parameters and more: everything about encoders is our
 extrapolation. CLS, or the masked tokens that are scored, stay dense, as the paper keeps a decoder's output tokens. The
 paper predicts which channels matter with a rank-8 SVD of the frozen weight (--estimator svd); on a small encoder that
-picks little better than chance, so by default the score is exact, on 64 of the batch's rows (--estimator sample).
+picks little better than chance, so by default the score is exact, on 64 to 127 of its rows (--estimator sample).
 Attention projections stay dense: slicing them makes their products 1.6 to 2.5 times as fast where the feed-forward ones gain
 9 times (slicing_gain in tests/bench_peers.py, two CPU cores), 4 to 6 % of all linear layers' time in a six-layer model.
-Which layers are sliced follows the paper's GLUE map; --dense_layers moves where it begins.
+Which layers are sliced follows the paper's GLUE map, whose --sparsity is 0.95; --dense_layers moves where it begins.
 """
 
 import math
@@ -42,7 +43,7 @@ FFN = {  # the layers into and out of a block's wide middle; a gated one has two
 
 
 def add_args(parser):
-    """Add the flags that only this method has, and its own defaults of shared ones."""
+    """Add this method's flags and defaults."""
     adapter_args(parser)
     parser.add_argument("--alpha", type=positive, help="the update is scaled by alpha/rank (default: 2·rank, so by 2)")
     parser.add_argument("--dropout", type=share, default=0.0,
@@ -60,9 +61,9 @@ def add_args(parser):
     parser.add_argument("--dense_layers", type=natural,
                         help="contextual: how many of the first layers stay dense (default: half of them)")
     parser.add_argument("--dense_tokens", choices=["scored", "none"], default="scored",
-                        help="contextual: tokens that stay dense: those that the loss reads (decoders: none), or none")
+                        help="contextual: tokens that stay dense: those that the loss reads (gated decoders: none), or none")
     parser.add_argument("--estimator", choices=["sample", "svd"], default="sample",
-                        help="contextual: score channels exactly on 64 rows, or on all rows by the paper's rank-8 SVD")
+                        help="contextual: score channels exactly on 64 to 127 rows, or on all by the paper's rank-8 SVD")
 
 
 # ------------------------------------------------------------------------------------------------ the maths
@@ -127,7 +128,7 @@ class LoRALinear(nn.Module):
 def prune_step(layers, step, total, lr, run):
     """After an optimizer step: shrink by the penalty, renew the masks while the schedule climbs, apply them.
 
-    Masked entries stay masked: they are zero whenever the mask is drawn anew. At the last step components that are zero
+    Masked entries stay masked: each mask is drawn among what the last one left. At the last step components that are zero
     are cut out, if whole components were pruned.
     """
     now = sparsity_at(step, total, run.sparsity)
@@ -136,13 +137,14 @@ def prune_step(layers, step, total, lr, run):
         for tensor, mask in ((layer.A, layer.mask_A), (layer.B, layer.mask_B)):
             if run.penalty:
                 tensor.copy_(shrink(tensor, run.penalty * lr))
-            if climbing or not mask.all():
+            if now > 0:
                 tensor.mul_(mask)  # Adam's momentum moves masked entries, too
             if climbing and run.structure == "none":
-                mask.copy_(largest(tensor.abs(), tensor.numel() - round(now * tensor.numel())))
+                mask.copy_(largest(tensor.abs().masked_fill(~mask, -1), tensor.numel() - round(now * tensor.numel())))
                 tensor.mul_(mask)
     if climbing and run.structure == "rank":
-        norms = torch.stack([layer.B.norm(dim=0) * layer.A.norm(dim=1) for layer in layers])
+        norms = torch.stack([(layer.B.norm(dim=0) * layer.A.norm(dim=1)).masked_fill(~layer.mask_A[:, 0], -1)
+                             for layer in layers])
         keep = keep_components(norms, norms.numel() - round(now * norms.numel()))
         for layer, kept in zip(layers, keep, strict=True):
             layer.mask_A.copy_(kept[:, None].expand_as(layer.A))
@@ -171,7 +173,7 @@ class Channels:
 
 
 def sampled_scores(x, weights, biases, act):
-    """‖z_j‖ of every channel j over 64 or so evenly spaced rows of x (T, in): (hidden,). Exact on those rows.
+    """‖z_j‖ of every channel j over the rows of x (T, in): (hidden,). Exact on those rows.
 
     z = act(x·W1ᵀ + b1), or act(gate)·up where the block is gated (section 3.1 scores channels by this norm, over all rows).
     """
@@ -258,7 +260,8 @@ def slice_blocks(model, run, sparsity, switch):
     *ways_in, way_out = FFN[kind]
     names = [name for name, _ in model.named_modules() if re.search(rf"\.\d+\.{re.escape(ways_in[0])}$", name)]
     blocks = [name.removesuffix(ways_in[0]) for name in names]
-    scored = run.dense_tokens == "scored" and len(ways_in) == 1  # a decoder's loss reads every row: none is kept dense
+    # A causal LM's loss reads every row, so gated decoders keep none dense.
+    scored = run.dense_tokens == "scored" and len(ways_in) == 1
     seen = {}
 
     def rows():
@@ -273,8 +276,9 @@ def slice_blocks(model, run, sparsity, switch):
     kept = {}
     for i, block in enumerate(blocks):
         layers = [model.get_submodule(block + name) for name in (*ways_in, way_out)]
-        if not all(isinstance(layer, nn.Linear) for layer in layers):
-            fail("--mode contextual slices the feed-forward layers; --targets can name attention layers only")
+        for name, layer in zip((*ways_in, way_out), layers, strict=True):
+            if not isinstance(layer, nn.Linear):
+                fail(f"--targets: {name} cannot be adapted, --mode contextual slices it; name attention layers only")
         left_out = layer_sparsity(i, len(blocks), sparsity, run.dense_layers)
         if left_out == 0:
             continue
@@ -300,6 +304,10 @@ def scorer(layers, act, estimator, device):
 
 def adapt(model, run):
     """Put a LoRA beside every target layer of `model`, in place; returns what common.py needs to know of it."""
+    for flag, mode, unset in (("structure", "prune", "none"), ("penalty", "prune", 0.0), ("dense_layers", "contextual", None),
+                              ("dense_tokens", "contextual", "scored"), ("estimator", "contextual", "sample")):
+        if run.mode != mode and (value := getattr(run, flag)) != unset:
+            fail(f"--{flag} {value}: only with --mode {mode}, this is --mode {run.mode}")
     alpha = run.alpha or 2 * run.rank
     names = replace(model, run.targets, lambda layer: LoRALinear(layer, run.rank, alpha, run.dropout))
     layers = [model.get_submodule(name) for name in names]

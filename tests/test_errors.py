@@ -88,7 +88,12 @@ FLAGS = [  # script, flags beside the good ones, what the line must name
     ("sparse_lora", "--sparsity 1.0", ["--sparsity", "'1.0'"]), ("sparse_lora", "--sparsity -0.1", ["--sparsity"]),
     ("sparse_lora", "--penalty -1", ["--penalty"]), ("sparse_lora", "--mode both", ["--mode", "prune", "contextual"]),
     ("sparse_lora", "--structure column", ["--structure", "rank"]),
-    ("sparse_lora", "--mode contextual --targets lin1", ["--targets", "contextual"]),
+    ("sparse_lora", "--mode contextual --targets lin1", ["--targets", "lin1", "contextual"]),
+    ("sparse_lora", "--estimator svd", ["--estimator svd", "--mode contextual"]),
+    ("sparse_lora", "--dense_layers 0", ["--dense_layers 0", "--mode contextual"]),
+    ("sparse_lora", "--dense_tokens none", ["--dense_tokens none", "--mode contextual"]),
+    ("sparse_lora", "--mode contextual --penalty 0.1", ["--penalty 0.1", "--mode prune"]),
+    ("sparse_lora", "--mode contextual --structure rank", ["--structure rank", "--mode prune"]),
     ("qlora", "--nf4_backend fp4", ["--nf4_backend", "torch"]),
     ("lora", "--targets nowhere", ["--targets nowhere", "k_lin", "lin1", "lin2", "out_lin", "q_lin", "v_lin"]),
     ("qlora", "--targets q_lin nowhere", ["--targets nowhere", "k_lin"]),
@@ -415,6 +420,14 @@ def test_adapters_of_another_script(good, saved, capfd, script):
     """A LoRA is no HiRA and no head; for Sparse LoRA, which saves a LoRA too, the rank decides."""
     flags = ["--rank", 2] if script == "sparse_lora" else []
     refused(capfd, SCRIPTS[script], [*good, "--eval_only", saved, *flags], ["--eval_only"])
+
+
+def test_adapters_beside_other_bits(good, saved, tmp_path, capfd):
+    """LoRA's and QLoRA's files look alike, but each was trained beside another weight."""
+    refused(capfd, SCRIPTS["qlora"], [*good, "--eval_only", saved], ["--eval_only", "other bits", "the script"])
+    [path] = SCRIPTS["qlora"].main([*good, "--out", tmp_path])
+    capfd.readouterr()
+    refused(capfd, lora, [*good, "--eval_only", path.with_suffix("")], ["--eval_only", "other bits", "the script"])
 
 
 def test_adapters_of_another_base(good, models, saved, capfd):

@@ -171,6 +171,22 @@ def test_penalty_alone_gives_real_zeros(models, tmp_path):
 # ------------------------------------------------------------------------------------------------ prune: ranks
 
 
+@pytest.mark.parametrize("structure", ["none", "rank"])
+def test_masked_stays_masked_where_the_penalty_leaves_zeros_too(structure, models, tmp_path):
+    """A zero that the penalty made ties with a masked one in size, and must be the one that stays trainable."""
+    flags = ["--sparsity", 0.5, "--penalty", 0.5, "--structure", structure]
+    model, run, _ = start("prune", models("distilbert"), tmp_path, *flags)
+    randomise(model)
+    layers = list(common.adapters(model).values())
+    sparse_lora.prune_step(layers, 2, 10, 0.0, run)
+    before = [(layer.mask_A.clone(), layer.mask_B.clone()) for layer in layers]
+    assert not all(mask.all() for masks in before for mask in masks)
+    sparse_lora.prune_step(layers, 3, 10, 100.0, run)  # shrinks everything to zero
+    for layer, masks in zip(layers, before, strict=True):
+        assert (layer.A == 0).all() and (layer.B == 0).all()
+        assert not (layer.mask_A & ~masks[0]).any() and not (layer.mask_B & ~masks[1]).any()
+
+
 def test_rank_structure_keeps_the_budget_and_the_scale(models, tmp_path):
     """Layers of unlike size end with unlike ranks, kept components are untouched, the file is smaller, PEFT agrees."""
     kind = "distilbert"
