@@ -65,7 +65,7 @@ for dataset in "$@"; do
       flags="--dataset sst2 --model models/all-MiniLM-L6-v2 --train_samples 8000 --epochs 1" alone="0 1 2" ;;
     imdb)
       flags="--dataset imdb --model models/all-MiniLM-L6-v2 --train_samples 2000 --eval_samples 2000 --epochs 1" alone=0
-      heads="3e-3 1e-2 3e-2" fulls="1e-4 2e-4 5e-4" rates="3e-3 1e-2 3e-2 1e-1" ;;
+      heads="3e-3 1e-2 3e-2" fulls="1e-4 2e-4 5e-4" rates="1e-3 3e-3 1e-2 3e-2 1e-1" ;;
     wikitext2)
       flags="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000 --eval_samples 1000 --epochs 1" alone=0
       fulls="1e-4 2e-4 5e-4 1e-3" rates="3e-3 1e-2 3e-2 1e-1 3e-1" ;;
@@ -93,4 +93,7 @@ for dataset in "$@"; do
     { variants "$dataset"; others; } | commands "$dataset" "--quality_only --seeds 1 2" | each "${JOBS:-1}"
   fi
 done
-[ -n "${LIST:-}" ] || python compare.py results/ --price 0.1 --readme README.md docs/report.md  # two cloud cores, about
+if [ -z "${LIST:-}" ]; then
+  python compare.py results/ --price 0.1 --readme README.md docs/report.md  # two cloud cores, about
+  python compare.py results/3-epochs/
+fi
