@@ -570,8 +570,8 @@ def page(g, plots):
         for head, columns in QUALITY.items():
             blocks += [f"### {head}", table(g, g["variants"], columns)]
     for c in g["costs"]:
-        if c is not g["costs"][0] and len(c["variants"]) < 2:
-            blocks += [f"Not shown: costs of {c['runs']} more runs on {c['place']}, nothing there to compare."]
+        if c is not g["costs"][0] and c["left_out"] > c["runs"] / 2:
+            blocks += [f"Not shown: costs on {c['place']}, where {c['left_out']} of {c['runs']} runs shared the machine."]
             continue
         shared = f"{c['left_out']} of {c['runs']} runs left out: their load average shows that the machine was shared."
         blocks += [f"### Cost: {c['place']}", shared * (c["left_out"] > 0), NOISY * (not c["variants"]), drift(c)[1]]
