@@ -962,7 +962,7 @@ def train(model, data, run, method):
                     if save:
                         save_checkpoint(run, model, optimizer, history)
                     clock.start()
-                if stop and step < total:
+                if stop:
                     bar.close()
                     fail(f"stopped at step {step} of {total}; the same command continues from "
                          f"{'there' if save else 'the last checkpoint'}", 128 + stop[0])
@@ -1408,13 +1408,13 @@ def load_adapter(model, data, run, method):
     except Exception as error:  # no such file, a torn file, another format
         fail(f"--eval_only {folder}: no adapter that can be read ({first_line(error)}); wanted: adapter_model.safetensors "
              "and adapter_config.json")
-    if base not in (None, run.model_sha256 + method.get("stored", "")):
-        fail(f"--eval_only {folder}: trained on another base ({config.get('base_model_name_or_path', 'unnamed')}), not on "
-             f"--model {run.model}, or on the same in other bits; change --model or the script")
     flags = {"peft_type": "the script", "r": "--rank", "lora_alpha": "--alpha"}
     for key, flag in flags.items():
         if key in method.get("peft", {}) and config.get(key) != method["peft"][key]:
             fail(f"--eval_only {folder}: {key} is {config.get(key)} there and {method['peft'][key]} here; change {flag}")
+    if base not in (None, run.model_sha256 + method.get("stored", "")):
+        fail(f"--eval_only {folder}: trained on another base ({config.get('base_model_name_or_path', 'unnamed')}), not on "
+             f"--model {run.model}, or on the same in other bits; change --model or the script")
 
     def setting(key, path):  # one layer's own value, by the end of its name, or everybody's
         pattern = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}

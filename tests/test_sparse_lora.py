@@ -454,7 +454,7 @@ def test_channels_kept_at_distilberts_size(sparsity, kept):
         model.requires_grad_(False)
         run = Namespace(head=HEADS["distilbert", "", "classification"], rank=8, alpha=None, dropout=0.0, device="meta",
                         targets=["q_lin", "v_lin"], mode="contextual", sparsity=sparsity, dense_tokens="scored",
-                        estimator="sample", dense_layers=None)
+                        estimator="sample", dense_layers=None, structure="none", penalty=0.0)
         method = sparse_lora.adapt(model, run)
     assert method["info"]()["channels_kept"] == {
         "distilbert.transformer.layer.3": kept, "distilbert.transformer.layer.4": kept,
