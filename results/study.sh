@@ -48,6 +48,12 @@ crossed() {  # SST-2's search chose two rates for LoRA and QLoRA: each at the ot
 qlora lora.py --name lora-qloras_rate"
 }
 
+trades() {  # SST-2 only: what more sparsity costs, and pruning by rank's control, as many parameters in equal ranks
+  echo "sparse_lora sparse_lora.py --mode contextual --dense_layers 2
+sparse_lora sparse_lora.py --mode contextual --dense_layers 1
+lora lora.py --rank 4"
+}
+
 commands() {  # commands DATASET FLAGS: put the chosen learning rates to the variants on stdin
   while read -r name script more; do
     lr="--lr $(best "$1" "$name")"
@@ -88,6 +94,7 @@ for dataset in "$@"; do
   if [ "$dataset" = sst2 ]; then
     variants sst2 | commands sst2 "--quality_only --seeds 3 4 5 6 7 8 9" | each "${JOBS:-1}"
     crossed | commands sst2 "--quality_only --seeds 0 1 2 3 4 5 6 7 8 9" | each "${JOBS:-1}"
+    trades | commands sst2 "--quality_only --seeds 0 1 2" | each "${JOBS:-1}"
     variants sst2 | commands sst2 "--quality_only --seeds 0 1 --epochs 3 --out results/3-epochs" | each "${JOBS:-1}"
   else
     { variants "$dataset"; others; } | commands "$dataset" "--quality_only --seeds 1 2" | each "${JOBS:-1}"

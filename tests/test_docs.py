@@ -82,7 +82,7 @@ def test_every_line_of_the_study_is_a_command_that_its_script_takes():
             seeds.setdefault(args.name, set()).update(args.seeds)
     assert {name for name, found in seeds.items() if found == set(range(10))} == {
         "head_only", "full", "lora", "qlora", "hira", "sparse_lora", "qlora-loras_rate", "lora-qloras_rate"}
-    assert all(found >= {0, 1, 2} for found in seeds.values()) and len(seeds) == 13
+    assert all(found >= {0, 1, 2} for found in seeds.values()) and len(seeds) == 16
 
 
 def test_one_data_set_of_the_study_alone():
