@@ -367,6 +367,34 @@ def test_every_section_of_a_page_is_renewed_and_nothing_else(tmp_path, capsys):
         assert any(wanted in line for line in rows) and all(line in text for line in rows)
 
 
+def test_a_candidate_is_judged_by_the_seeds_that_all_candidates_have(tmp_path, capsys):
+    """One lucky seed more, or another head's rate, must not choose a learning rate, and the page says so."""
+    search = [result("lora", seed, dev=True, lr=lr, score=score) for seed, lr, score in (
+        (0, 1e-3, 0.80), (0, 1e-2, 0.70), (1, 1e-2, 0.95))]
+    text, *_ = page(capsys, write(tmp_path / "a", result("lora"), *search))
+    assert "80.00 ←" in text and "| 70.00 |" in text and "rivals" not in text
+    search[1]["args"]["head_lr"] = 1e-2
+    text, *_ = page(capsys, write(tmp_path / "b", result("lora"), *search))
+    assert "Candidates with other seeds or another --head_lr than their rivals: lora 0.001, 0.01." in text
+    text, *_ = page(capsys, write(tmp_path / "c", result("lora"), search[0], search[2]))
+    assert "than their rivals" in text and "95.00 ←" in text
+
+
+def test_a_time_ratio_within_the_machines_drift_is_not_told(tmp_path, capsys):
+    def runs(drift):
+        made = [result(n, s, score=0.80 + 0.05 * (n == "hira") + 0.005 * (s % 3) * (n == "hira"), seconds=t)
+                for n, t in (("lora", 20.0), ("hira", 26.0)) for s in range(10)]
+        for run in made:
+            for entry in run["inference"]:
+                ms = 3.0 * (drift if run["method"] == "hira" else 1)
+                entry["base"] = entry["base"] | {"latency_ms": {"mean": ms, "p50": ms, "p95": ms}}
+        return made
+    text, *_ = page(capsys, write(tmp_path / "a", *runs(1.2)))
+    assert "HiRA is better" in text and "1.30 × the training time" in text
+    text, *_ = page(capsys, write(tmp_path / "b", *runs(1.4)))
+    assert "HiRA is better" in text and "× the training time" not in text and "within 40 % may not differ" in text
+
+
 def test_shared_machines_are_left_out_of_the_costs(tmp_path, capsys):
     runs = [result("lora", s, quiet=s > 0, seconds=10.0 * (s + 1)) for s in range(3)]
     text, *_ = page(capsys, write(tmp_path / "a", *runs), "--price", "3.6")
