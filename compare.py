@@ -392,13 +392,13 @@ INTRO = """# Results
 Written by `python compare.py results/` from the result files beside it; do not edit. Scores: mean ± sd over seeds, 95
 % t-interval. Tested are the pairs of the four methods in their default variant, by shared seed, first minus second.
 The t-test's p, adjusted by Holm over a group's pairs, decides at 5 %. The sign-flip p stands beside it; where only
-one of the two is below 5 % the verdict is *unclear*. *Underpowered*: too few seeds for the sign-flip test to reach 5 % over
-all pairs. The intervals of pairs are not adjusted. A large p is no evidence of a difference, and no proof that there
-is none. Only what beats each of the other methods is bold. *95 %
-over test rows* is the noise of the test set: the difference on each row, averaged over seeds. McNemar's test is made
-for each seed alone and decides nothing. Costs are means over quiet runs; on a CPU, memory is that of the whole
-process. In plots a large mark is the mean score over all seeds with its interval, a small dot a seed (in plots of
-costs: a quiet run), a grey disc the Pareto front: nothing beats it in both. Times have no front, they drift."""
+one of the two is below 5 % the verdict is *unclear*. *Underpowered*: too few seeds for the sign-flip test to reach 5
+% over all pairs. The intervals of pairs are not adjusted. A large p is no evidence of a difference, and no proof that
+there is none. Only what beats each of the other methods is bold. *95 % over test rows* is the noise of the test set:
+the difference on each row, averaged over seeds. McNemar's test is made for each seed alone and decides nothing. Costs
+are means over quiet runs; on a CPU, memory is that of the whole process. In plots a large mark is the mean score over
+all seeds with its interval, a small dot a seed (in plots of costs: a quiet run), a grey disc the Pareto front:
+nothing beats it in both. Times have no front, they drift."""
 DEMO = "Generated text, to see everything work. It says nothing about real data."
 MANY = f"With more than 16 seeds the sign-flip p is from {FLIPS:,} random flips with a fixed seed."
 NOISY = "No run was quiet enough, so there are no costs to compare and no plots of them."
