@@ -398,7 +398,7 @@ there is none. Only what beats each of the other methods is bold. *95 % over tes
 the difference on each row, averaged over seeds. McNemar's test is made for each seed alone and decides nothing. Costs
 are means over quiet runs; on a CPU, memory is that of the whole process. In plots a large mark is the mean score over
 all seeds with its interval, a small dot a seed (in plots of costs: a quiet run), a grey disc the Pareto front:
-nothing beats it in both. Times have no front, they drift."""
+nothing beats it in both. Times have no front, they drift, and the head alone, far below, is left out."""
 DEMO = "Generated text, to see everything work. It says nothing about real data."
 MANY = f"With more than 16 seeds the sign-flip p is from {FLIPS:,} random flips with a fixed seed."
 NOISY = "No run was quiet enough, so there are no costs to compare and no plots of them."
@@ -609,9 +609,10 @@ def plot(g, kind, path):
         "training time": ("training time, s", *TIME[1:3]), "memory": ("peak memory in training, MiB", *PEAK[1:3])}[kind]
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     axes, drawn, points = figure.subplots(), [], []
-    sizes = [max(v["parameters.trainable"]["mean"], 1) for v in g["variants"].values()]
-    wide = max(math.log(max(sizes) / min(sizes)), 1)
-    for i, (n, v) in enumerate(g["variants"].items()):
+    variants = {n: v for n, v in g["variants"].items() if v["parameters.adapter"]["mean"]}  # without the head alone
+    sizes = [max(v["parameters.trainable"]["mean"], 1) for v in variants.values()]
+    wide = max(math.log(max(sizes, default=1) / min(sizes, default=1)), 1)
+    for i, (n, v) in enumerate(variants.items()):
         runs = g["_runs"][n] if kind == "parameters" else c["_quiet"].get(n, [])
         costs = [(value(run, where) or value(run, where.replace("unmerged", "base")), run) for run in runs]
         measured = [(cost, run) for cost, run in costs if cost is not None]  # --quality_only leaves inference out
