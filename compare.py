@@ -250,7 +250,7 @@ def spread(numbers):
     """{n, mean, sd, low, high} of the numbers among `numbers`; low and high are the mean's 95 % interval."""
     x = [v for v in numbers if isinstance(v, int | float) and math.isfinite(v)]
     (low, high), sd = t_interval(x) if x else (math.nan, math.nan), np.std(x, ddof=1) if len(x) > 1 else math.nan
-    sd = 0.0 if len(x) > 1 and min(x) == max(x) else sd  # not what rounding leaves of it
+    sd = 0.0 if len(x) > 1 and math.isclose(min(x), max(x), rel_tol=1e-9) else sd  # not what rounding leaves of it
     return {"n": len(x), "mean": float(np.mean(x)) if x else math.nan, "sd": float(sd), "low": low, "high": high}
 
 
@@ -419,7 +419,7 @@ def num(x, form, scale=1):
 
 def span(x, form, scale=1):
     """An interval for a table."""
-    sure = x is None or math.isnan(x["low"]) or x["low"] == x["high"]  # equal numbers are no evidence of certainty
+    sure = x is None or math.isnan(x["low"]) or x.get("sd") == 0  # equal numbers do not make it certain
     return NONE if sure else f"{x['low'] * scale:{form}} to {x['high'] * scale:{form}}"
 
 
