@@ -35,9 +35,10 @@ hira hira.py
 sparse_lora sparse_lora.py"
 }
 
-others() {  # labelled rows beside the main ones, at the learning rate of their method
+others() {  # labelled rows beside the main ones, at their method's learning rate; rank 4 is pruning by rank's control
   echo "lora sparse_lora.py --mode contextual
 lora lora.py --rank 32
+lora lora.py --rank 4
 hira hira.py --rank 32
 sparse_lora sparse_lora.py --structure rank
 sparse_lora sparse_lora.py --sparsity 0 --penalty 0.3"
@@ -48,10 +49,9 @@ crossed() {  # SST-2's search chose two rates for LoRA and QLoRA: each at the ot
 qlora lora.py --name lora-qloras_rate"
 }
 
-trades() {  # SST-2 only: what more sparsity costs, and pruning by rank's control, as many parameters in equal ranks
+trades() {  # SST-2 only: what more of contextual sparsity costs
   echo "sparse_lora sparse_lora.py --mode contextual --dense_layers 2
-sparse_lora sparse_lora.py --mode contextual --dense_layers 1
-lora lora.py --rank 4"
+sparse_lora sparse_lora.py --mode contextual --dense_layers 1"
 }
 
 commands() {  # commands DATASET FLAGS: put the chosen learning rates to the variants on stdin
