@@ -1412,6 +1412,7 @@ def load_adapter(model, data, run, method):
     for key, flag in flags.items():
         if key in method.get("peft", {}) and config.get(key) != method["peft"][key]:
             fail(f"--eval_only {folder}: {key} is {config.get(key)} there and {method['peft'][key]} here; change {flag}")
+    # "stored": the form in which a method keeps the base, where that is not the checkpoint's own.
     if base not in (None, run.model_sha256 + method.get("stored", "")):
         fail(f"--eval_only {folder}: trained on another base ({config.get('base_model_name_or_path', 'unnamed')}), not on "
              f"--model {run.model}, or on the same in other bits; change --model or the script")

@@ -398,7 +398,7 @@ there is none. Only what beats each of the other methods is bold. *95 % over tes
 the difference on each row, averaged over seeds. McNemar's test is made for each seed alone and decides nothing. Costs
 are means over quiet runs; on a CPU, memory is that of the whole process. In plots a large mark is the mean score over
 all seeds with its interval, a small dot a seed (in plots of costs: a quiet run), a grey disc the Pareto front:
-nothing beats it in both. Times have no front, they drift, and the head alone, far below, is left out."""
+nothing beats it in both. Times have no front, they drift; the head alone is left out."""
 DEMO = "Generated text, to see everything work. It says nothing about real data."
 MANY = f"With more than 16 seeds the sign-flip p is from {FLIPS:,} random flips with a fixed seed."
 NOISY = "No run was quiet enough, so there are no costs to compare and no plots of them."
@@ -419,8 +419,9 @@ def num(x, form, scale=1):
 
 def span(x, form, scale=1):
     """An interval for a table."""
-    sure = x is None or math.isnan(x["low"]) or x.get("sd") == 0  # equal numbers do not make it certain
-    return NONE if sure else f"{x['low'] * scale:{form}} to {x['high'] * scale:{form}}"
+    if x is None or math.isnan(x["low"]) or x.get("sd") == 0:  # equal numbers do not make it certain
+        return NONE
+    return f"{x['low'] * scale:{form}} to {x['high'] * scale:{form}}"
 
 
 def title(g):
@@ -443,7 +444,7 @@ def verdict(g):
             ("training time", costs, TIME[1]), ("peak memory", costs, PEAK[1]),
             ("trainable parameters", g["variants"], "parameters.trainable")) if good in where and bad in where}
         if max(time := ratios.get("training time", 1), 1 / time) < drift(g["costs"][0])[0]:
-            del ratios["training time"]  # it says more of the machine
+            ratios.pop("training time", None)  # it says more of the machine
         ratios = [f"{ratio:.2f} × the {what}" for what, ratio in ratios.items()]
         size = f"{abs(p['difference']['mean']) * scale:{form}}{unit} (95 % interval {low:{form}} to {high:{form}}, "
         lines.append(f"**{METHODS[good]} is better than {METHODS[bad]}** in {name.split(',')[0]}, by {size}adjusted p "
@@ -640,8 +641,9 @@ def plot(g, kind, path):
                        minor_locator=NullLocator())
     axes.set(xlabel=words, ylabel=name + " (less is better)" * (not more))
     quiet = f"\nquiet runs on {c['place']}" * (kind != "parameters")
-    if kind in ("speed", "training time") and drift(c)[1]:
-        quiet += f"; two within {100 * (drift(c)[0] - 1):.0f} % may not differ"
+    times, told = drift(c)
+    if kind in ("speed", "training time") and told:
+        quiet += f"; two within {100 * (times - 1):.0f} % may not differ"
     figure.suptitle(title(g) + quiet, fontsize=10, x=0.01, ha="left")
     figure.legend(loc="outside right center", markerscale=0.7, fontsize=9)
     figure.savefig(path, metadata={"Software": None})  # the same bytes whatever wrote them

@@ -10,7 +10,7 @@ B starts at zero, so training starts from the unchanged model, and the first ste
 r·(in + out) numbers instead of in·out; merged into W0 they cost nothing at inference.
 
 Where this departs from the paper: A starts Kaiming-uniform, as in the authors' loralib, not Gaussian; α is 2·rank, a
-common choice (PEFT's default is 8, which is rank at rank 8), where the paper keeps α at the first rank tried; dropout
+common choice (PEFT's defaults are 8 and rank 8, a scale of 1), where the paper keeps α at the first rank tried; dropout
 (off by default) acts on the adapter's input only, as in loralib.
 """
 
