@@ -42,10 +42,14 @@ def flags(args, method):
 def random_model(kind, model):
     """A folder with the architecture's random weights, in its usual size, and the tokenizer of `model`; made once."""
     import torch
+
+    import common
+    if not Path(model).is_dir():
+        common.offline_if_unreachable()  # before transformers, which reads that answer once
     import transformers
     folder = ROOT / "models" / f"random-{kind}"
     if not folder.is_dir():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        tokenizer, _ = common.load_tokenizer(argparse.Namespace(model=model))
         torch.manual_seed(0)
         transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
