@@ -355,7 +355,8 @@ def main():
         kind, jobs = "profile" if args.profile else "contextual", {"lora": ["lora", []]}
         for setting in args.contextual or ["0.9"]:
             sparsity, _, dense = setting.partition("/")
-            jobs[f"contextual, sparsity {sparsity}{f', {dense} layers dense' if dense else ''}"] = [
+            layers = f", {dense} layer{'s' if dense != '1' else ''} dense" if dense else ""
+            jobs[f"contextual, sparsity {sparsity}{layers}"] = [
                 "sparse_lora", ["--mode", "contextual", "--sparsity", sparsity, *(["--dense_layers", dense] if dense else [])]]
         jobs = {label: ("profile", name, extra) if args.profile else ("ours", name, None, extra)
                 for label, (name, extra) in jobs.items()}
