@@ -45,6 +45,7 @@ from tqdm import tqdm
 HUB = {"sst2": ("stanfordnlp/sst2", None), "imdb": ("stanfordnlp/imdb", None),
        "wikitext2": ("Salesforce/wikitext", "wikitext-2-v1")}
 LENGTHS = {"demo": 64, "demo_lm": 64, "sst2": 128, "imdb": 256, "wikitext2": 128}
+DEMOS = ("demo", "demo_lm")
 LANGUAGE_MODELLING = ("wikitext2", "demo_lm")
 TARGETS = {  # the query and value projections, the LoRA paper's choice, under each architecture's names
     "distilbert": ["q_lin", "v_lin"],
@@ -194,10 +195,14 @@ def parse_args(doc, file, add_args, argv=None):
     args.name = args.name or "-".join([args.method, *changed])
     if not re.fullmatch(r"[\w.-]+", args.name):
         fail(f"--name {args.name!r}: use letters, digits, '.', '_' and '-' only")
-    known = [*HUB, "demo", "demo_lm"]
+    known = [*HUB, *DEMOS]
+    for key in ("dataset", "model"):  # one folder is one name: my, my/ and ./my; ./imdb stays a folder beside imdb
+        value = getattr(args, key)
+        if value and Path(value).is_dir() and os.path.normpath(value) not in known:
+            setattr(args, key, os.path.normpath(value))
     if args.dataset not in known and not Path(args.dataset).is_dir():
         fail(f"--dataset {args.dataset}: neither a folder nor one of {', '.join(known)}")
-    args.model = args.model or ("demo" if args.dataset.startswith("demo") else "distilbert-base-uncased")
+    args.model = args.model or ("demo" if args.dataset in DEMOS else "distilbert-base-uncased")
     args.max_length = args.max_length or LENGTHS.get(args.dataset, 256)
     args.seeds = list(dict.fromkeys(args.seeds))
     # A folder given by an absolute path is recorded by its name alone, so that no machine's paths get into results.
@@ -210,10 +215,13 @@ def parse_args(doc, file, add_args, argv=None):
         cuda = torch.device(args.device).type == "cuda"
         if cuda and several:
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
         torch.empty(1, device=args.device).item()
+        if cuda and ":" in args.device:
+            torch.cuda.set_device(args.device)  # or events and all-reduces would go to the first one
     except Exception as error:  # each backend has its own way to say that it is not there
         fail(f"--device {args.device}: not to be had here ({first_line(error)})")
+    if torch.device(args.device).type not in ("cpu", "cuda"):
+        fail(f"--device {args.device}: only cpu and cuda are measured here")
     if several and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -353,7 +361,8 @@ def load_data(run):
     unknown = next(i for i in (tokenizer.unk_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else unknown  # GPT-2 has none
     longest = getattr(config, "max_position_embeddings", run.max_length)
-    longest -= pad + 1 if config.model_type in ("roberta", "xlm-roberta") else 0  # they count positions from pad + 1
+    if "roberta" in config.model_type or config.model_type in ("camembert", "mpnet", "longformer", "xmod", "data2vec-text"):
+        longest -= pad + 1  # they count positions from there
     if not 4 <= run.max_length <= longest:
         fail(f"--max_length {run.max_length}: {run.model} takes 4 to {longest} tokens")
     size = getattr(config, "vocab_size", len(tokenizer))
@@ -413,7 +422,7 @@ def first_line(error):
 
 def read_rows(run):
     """The raw columns: {"train": {"text": [...], "label": [...]}, "validation": ..., "test": ...}."""
-    if run.dataset.startswith("demo"):
+    if run.dataset in DEMOS:
         import demo
         return demo.splits(lm=run.dataset == "demo_lm")
     import datasets
@@ -430,7 +439,7 @@ def read_rows(run):
             fail(f"--dataset {run.dataset}: no folder {local}, and the hub ({HUB[run.dataset][0]}) gave nothing "
                  f"({first_line(error)}); put parquet files into {local}, point --data_dir elsewhere (and --model to a "
                  "folder), or try --dataset demo")
-        fail(f"{where}: cannot read the files in {local.name} ({first_line(error)})")
+        fail(f"{where}: cannot read the files in {local.name} ({first_line(error.__cause__ or error)})")
     splits = {}
     for name in found:
         columns = {"sentence": "text", "labels": "label"}
@@ -446,7 +455,7 @@ def read_rows(run):
                  f"text (or sentence){' and label' if 'label' in wanted else ''}")
         if any(not isinstance(text, str) for text in columns["text"]):
             row = next(i for i, text in enumerate(columns["text"]) if not isinstance(text, str))
-            fail(f"{where}: row {row} of the {name} split has no text")
+            fail(f"{where}: row {row} of the {name} split has no text (in a CSV file None, NA and null count as none)")
     return splits
 
 
@@ -531,12 +540,15 @@ def load_classification(run, data, raw, tokenizer):
 def load_text(run, data, raw, tokenizer):
     """Tokenise each split as one stream and cut it into blocks: sets data.train, data.dev, data.eval.
 
-    An encoder's block is [CLS] … [SEP], max_length tokens in all; a decoder's is max_length tokens. WikiText's `<unk>`
+    An encoder's block is [CLS] … [SEP], max_length tokens in all; a decoder's is max_length tokens, the first of them the
+    one that its tokenizer puts before every text, if it does (Llama and Gemma need it, GPT-2 has none). WikiText's `<unk>`
     becomes the tokenizer's own unknown token, which is one symbol and is never scored.
     """
     if data.task == "mlm" and data.mask is None:
         fail(f"--model {run.model}: its tokenizer has no mask token, so it cannot be trained with masked tokens")
     start, end = ([tokenizer.cls_token_id], [tokenizer.sep_token_id]) if data.task == "mlm" else ([], [])
+    if data.task == "clm" and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        start = [tokenizer.bos_token_id]
     if "validation" not in raw:
         fail(f"--dataset {run.dataset}: needs a validation split, which is dev here")
     unknown = tokenizer.convert_ids_to_tokens(data.unknown)
@@ -652,7 +664,10 @@ def load_base(run, data):
                 if tensor.ndim > 1 and not tensor.requires_grad:
                     tensor.data = tensor.bfloat16()
         if run.checkpointing:
-            (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+            try:
+                (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+            except ValueError as error:
+                fail(f"--checkpointing: {run.model} cannot do it ({first_line(error)})")
     if torch.device(run.device).type == "cpu":
         keep_freed_memory()
         if not data.decoder:
@@ -886,6 +901,8 @@ def forward(model, batch):
     """Logits: (B, classes), or (scored tokens, vocabulary). Sets model.rows = (attended, scored) for whoever needs them."""
     model.rows = (batch.attended, batch.scored)
     logits = model(input_ids=batch.ids, attention_mask=batch.attended.long()).logits
+    if logits.ndim == 3 and logits.shape[:2] == batch.ids.shape:  # OPT's head does not call what keep_scored watches
+        logits = logits[batch.scored]
     return logits.float().flatten(0, -2)
 
 
@@ -905,7 +922,8 @@ def train(model, data, run, method):
         ([t for n, t in trained.items() if n not in run.head], run.lr),
         ([t for n, t in trained.items() if n in run.head], run.head_lr)) if params]
     report_size(run, model)
-    model.to(device)
+    with room(run):
+        model.to(device)
     reset_peak(device)
     history = SimpleNamespace(curve=[], laps=[], window=[], epoch_seconds=[], seconds=0.0, rows=0, tokens=0, padded=0, step=0,
                               before=resident(device), memory={})
@@ -1105,8 +1123,9 @@ def checkpoint_path(run):
 
 
 def identity(run):
-    """What a checkpoint must share with the run that continues it."""
-    return json.dumps([run.settings, run.seed, run.model_sha256, world()])
+    """What a checkpoint must share with the run that continues it: all but the batch that scoring takes afterwards."""
+    kept = {key: value for key, value in run.settings.items() if key != "eval_batch_size"}
+    return json.dumps([kept, run.seed, run.model_sha256, world()])
 
 
 def changing(model):
@@ -1165,7 +1184,8 @@ def evaluate(model, data, run):
     merging. Memory at its peak goes to run.inference_peak.
     """
     device = torch.device(run.device)
-    model.to(device)
+    with room(run):
+        model.to(device)
     reset_peak(device)
     with room(run), timed(run.seconds, "evaluate"):
         metrics = score(model, data, run)
@@ -1288,6 +1308,7 @@ def measure(model, data, run, history):
         with room(run):
             inference = [time_inference(model, data, run, dtype, rows) for rows in (1, 32)]
             flops = count_flops(model, data, run)
+    if flops:
         # A step of the fixed shape, scaled to the tokens that the run really computed; attention's square is left out here.
         flops["train_total"] = flops["train_step"] * history.padded / (
             run.batch_size * run.grad_accum * world() * run.max_length)
@@ -1335,27 +1356,36 @@ def time_inference(model, data, run, dtype, rows):
 def count_flops(model, data, run):
     """torch's own count of one training step (forward and backward) and of one row's inference, at the longest length.
 
-    Eager attention: the fused kernels are invisible to the counter on a CPU. The count is of matrix products.
+    Eager attention: the fused kernels are invisible to the counter on a CPU. It takes much memory, so a few rows and twice as
+    many are counted, and every further row adds the same. The count is of matrix products, of the model as training left it:
+    what was pruned in the last step is not in it, nor are steps of a warm-up that are computed in another way. A model that
+    the counter cannot follow has no count, and the run goes on: {}.
     """
     from torch.utils.flop_counter import FlopCounterMode
     device = torch.device(run.device)
     attention = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    counts = {}
+    few = 64 // math.gcd(64, run.max_length)  # a multiple of 64 tokens: estimates from about 64 of them cost the same in both
+    sizes = [few, 2 * few] if run.batch_size > 2 * few else [run.batch_size]
+    counts = []
     try:
-        for key, rows in (("train_step", run.batch_size), ("inference_per_sample", 1)):
+        model.set_attn_implementation("eager")
+        for rows, training in (*((rows, True) for rows in sizes), (1, False)):
             batch = Batch(*(tensor.to(device) for tensor in fixed_batch(data, rows, run.max_length)))
-            model.train(key == "train_step")
-            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(model.training), autocast(run):
+            model.train(training)
+            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(training), autocast(run):
                 loss = F.cross_entropy(forward(model, batch), batch.target)
-                if model.training:
+                if training:
                     loss.backward()
-            counts[key] = counter.get_total_flops()
+            counts.append(counter.get_total_flops())
+    except (RuntimeError, AssertionError, ValueError) as error:
+        say(f"no FLOPs: torch's counter cannot follow this model ({first_line(error)})")
+        return {}
     finally:
         model.set_attn_implementation(attention)
         model.zero_grad(set_to_none=True)
-    counts["train_step"] *= run.grad_accum * world()
-    return counts
+    *steps, inference = counts
+    step = steps[-1] + (steps[-1] - steps[0]) * (run.batch_size - sizes[-1]) // few
+    return {"train_step": step * run.grad_accum * world(), "inference_per_sample": inference}
 
 
 # ------------------------------------------------------------------------------------------------- adapters on disk
@@ -1462,11 +1492,14 @@ def environment(run):
             return None
     changes = git("status", "--porcelain", "--untracked-files=no")
     device = torch.device(run.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name, cpu = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(), None
+    with contextlib.suppress(OSError):  # not Linux
+        cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
     return {"python": platform.python_version(), "torch": torch.__version__.split("+")[0],
             **{name: version(name) for name in ("transformers", "datasets", "bitsandbytes")},
-            "device": f"{device.type} {name}", "processes": world(), "threads": torch.get_num_threads(),
-            "precision": run.precision, "load_average": [run.load_average, os.getloadavg()[0]],
+            "device": f"{device.type} {name}", "cpu": cpu[1] if cpu else platform.processor() or None,
+            "processes": world(), "threads": torch.get_num_threads(), "precision": run.precision,
+            "load_average": [run.load_average, os.getloadavg()[0]],
             "commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 

@@ -41,7 +41,7 @@ SAME = {"data set": "dataset", "metric": "metric", "train rows": "split.train", 
 PLACE = ("environment.device", "environment.threads", "environment.precision")  # must agree too for costs
 REQUIRED = ("method", "name", "dataset", "model", "model_sha256", "seed", "args.lr", "args.head_lr", "split.sha256",
             "split.train", "split.dev", "split.eval", "split.eval_split", "split.scored", "metrics.loss",
-            "parameters.trainable", "time.train_seconds", "memory.train_peak", *PLACE)
+            "parameters.trainable", "time.train_seconds", *PLACE)
 MIB = 1 / 2**20
 # table: columns of (header, place in a result file, scale, format)
 QUALITY = {
@@ -186,22 +186,26 @@ def read(path):
     run["label"] = METHODS.get(method, method) + name[len(method):] if name.startswith(method) else name
     run["metric"] = next(m for m in METRICS if m in run["metrics"])
     if not all(math.isfinite(x) for x in (
-            run["seed"], args["lr"], args["head_lr"], split["train"], split["dev"], split["eval"], memory["train_peak"],
-            *(run["metrics"].get(m, 0) for m in METRICS), value(run, "parameters.trainable"), value(run, TIME[1]))):
+            run["seed"], args["lr"], args["head_lr"], split["train"], split["dev"], split["eval"],
+            memory.get("train_peak") or 0, *(run["metrics"].get(m, 0) for m in METRICS), value(run, "parameters.trainable"),
+            value(run, TIME[1]))):
         raise ValueError("a metric or a cost is not finite")
     run["data"], run["base"] = (Path(run[key]).name for key in ("dataset", "model"))
     run["dev"] = split["scored"] == "dev"
     run["lr"] = args["head_lr"] if method == "head_only" else args["lr"]  # what a search varies
-    run["same"], run["place"] = (tuple(value(run, p) for p in where) for where in (SAME.values(), PLACE))
+    run["same"], place = (tuple(value(run, p) for p in where) for where in (SAME.values(), PLACE))
+    run["place"] = *place, bool(args.get("checkpointing"))
     run["id"] = run["same"], name, run["seed"], run["dev"] and (run["lr"], args["head_lr"])
     hash((run["id"], run["place"]))
-    memory["above_start"] = memory["train_peak"] - memory["before_training"]
+    if memory.get("train_peak") and memory.get("before_training"):  # macOS tells neither
+        memory["above_start"] = memory["train_peak"] - memory["before_training"]
     run["inference"] = {f"batch {e['batch']}, length {e['length']}": e for e in run.get("inference") or []}
     for e in run["inference"].values():  # within a run the states took turns: most of the machine's drift cancels
         e["ratio"] = {state: e[state]["latency_ms"]["p50"] / e["base"]["latency_ms"]["p50"]
                       for state in ("merged", "unmerged") if state in e}
     load = run["environment"].get("load_average") or [0]
-    run["quiet"] = max(load) <= run["environment"]["threads"] + 0.5  # a run by itself makes about `threads` of load
+    threads = run["environment"]["threads"] * (run["environment"].get("processes") or 1)  # the load that a run makes by itself
+    run["quiet"] = max(load) <= threads + 0.5 and bool(run["inference"])  # --quality_only says that its times are worth nothing
     if run.setdefault("correct") is not None:
         bits, items = base64.b64decode(run["correct"]), split["dev" if run["dev"] else "eval"]
         run["correct"] = np.unpackbits(np.frombuffer(bits, np.uint8))[:items].view(bool)
@@ -314,7 +318,8 @@ def cost_groups(runs):
             for state in ("base", "merged", "unmerged")] + [
             (f"{state} / base, ms", f"inference.{shape}.ratio.{state}", 1, ".3f") for state in ("merged", "unmerged")]
             for shape in shapes}
-        groups.append({"place": "{}, {} threads, {}".format(*place), "runs": len(found), "shapes": shapes,
+        groups.append({"place": "{}, {} threads, {}".format(*place) + ", --checkpointing" * place[3],
+                       "runs": len(found), "shapes": shapes,
                        "left_out": len(found) - sum(map(len, quiet.values())), "_quiet": quiet, "_columns": columns,
                        "variants": {name: summarise(runs, columns) for name, runs in quiet.items()}})
     return sorted(groups, key=lambda c: (c["left_out"] - c["runs"], c["place"]))
@@ -341,11 +346,17 @@ def cautions(variants, search):
     every = {run["seed"] for runs in tested.values() for run in runs}
     lists = {name: list(s["scores"]) for name, s in search.items() if s["adapter"]}
     rates = {name: sorted({run["lr"] for run in runs}) for name, runs in variants.items()}
-    found = {f"`--{flag}` differs": {name: sorted({str(run["args"].get(flag)) for run in runs})
+    found = {f"`--{flag}` differs": {name: sorted({str(run["args"][flag]) for run in runs if flag in run["args"]})
                                      for name, runs in tested.items()}
-             for flag in ("head_lr", "rank", "targets", "weight_decay", "warmup", "precision")}
-    found["The methods had different learning rates to choose from"] = lists
-    found = {words: what for words, what in found.items() if len(set(map(tuple, what.values()))) > 1} | {
+             for flag in ("head_lr", "rank", "alpha", "dropout", "targets", "weight_decay", "warmup", "precision")}
+    found["Costs are of different CPUs"] = {
+        name: sorted({cpu for run in runs if run["quiet"] and (cpu := run["environment"].get("cpu"))})
+        for name, runs in tested.items() if runs[0]["place"][0].startswith("cpu")}
+    found = {words: what for words, what in found.items()  # a method without the flag has nothing to differ in
+             if len(set(map(tuple, filter(None, what.values())))) > 1 or any(len(x) > 1 for x in what.values())}
+    if len(set(map(tuple, lists.values()))) > 1:
+        found["The methods had different learning rates to choose from"] = lists
+    found |= {
         "Learning rate not the search's choice, or not one": {
             n: x for n, x in rates.items() if x != [search[n]["chosen"] if n in search else x[0]]},
         "Chosen at the edge of the candidates, the best may lie beyond": {
@@ -443,6 +454,7 @@ def verdict(g):
         ratios = {what: where[good][path]["mean"] / where[bad][path]["mean"] for what, where, path in (
             ("training time", costs, TIME[1]), ("peak memory", costs, PEAK[1]),
             ("trainable parameters", g["variants"], "parameters.trainable")) if good in where and bad in where}
+        ratios = {what: ratio for what, ratio in ratios.items() if not math.isnan(ratio)}  # macOS tells no peak
         if max(time := ratios.get("training time", 1), 1 / time) < drift(g["costs"][0])[0]:
             ratios.pop("training time", None)  # it says more of the machine
         ratios = [f"{ratio:.2f} × the {what}" for what, ratio in ratios.items()]
@@ -458,7 +470,7 @@ def verdict(g):
         found = [f"{METHODS[p['a']]} and {METHODS[p['b']]}" for p in g["pairs"] if p["verdict"].startswith(kind)]
         lines += [f"{words}: {'; '.join(found)}."] if found else []
     for what, (_, path, factor, form) in {"training time, s": TIME, "peak memory in training, MiB": PEAK}.items():
-        ranked = sorted((costs[n][path]["mean"] * factor, METHODS[n]) for n in TESTED if n in costs)
+        ranked = sorted((costs[n][path]["mean"] * factor, METHODS[n]) for n in TESTED if n in costs and costs[n][path]["n"])
         if len(ranked) > 1:
             order = ", then ".join(f"{n} {x:{form}}" for x, n in ranked)
             lines.append(f"Least {what} (order of means, not tested): {order}.")
@@ -572,9 +584,9 @@ def page(g, plots):
             blocks += [f"### {head}", table(g, g["variants"], columns)]
     for c in g["costs"]:
         if c is not g["costs"][0] and c["left_out"] > c["runs"] / 2:
-            blocks += [f"Not shown: costs on {c['place']}, where {c['left_out']} of {c['runs']} runs shared the machine."]
+            blocks += [f"Not shown: costs on {c['place']}, where {c['left_out']} of {c['runs']} runs are not quiet."]
             continue
-        shared = f"{c['left_out']} of {c['runs']} runs left out: their load average shows that the machine was shared."
+        shared = f"{c['left_out']} of {c['runs']} runs left out: a shared machine, says the load average or --quality_only."
         blocks += [f"### Cost: {c['place']}", shared * (c["left_out"] > 0), NOISY * (not c["variants"]), drift(c)[1]]
         for head, columns in c["_columns"].items() if c["variants"] else ():
             blocks += [f"**{head}**", table(g, c["variants"], columns)]

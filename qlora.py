@@ -245,8 +245,8 @@ def adapt(model, run):
         f"{weights * 2 / 2**20:.1f} in bf16, {weights * 4 / 2**20:.1f} in fp32")
     info = {"backend": backend, "compute_dtype": compute, "double_quant": not run.no_double_quant, "layers": len(layers),
             "weights": weights, "bytes_nf4": stored, "bytes_bf16": 2 * weights, "bytes_fp32": 4 * weights}
-    method = {"peft": {"peft_type": "LORA", "r": run.rank, "lora_alpha": alpha, "lora_dropout": run.dropout}, "stored": ":nf4",
-              "info": lambda: info}
+    method = {"peft": {"peft_type": "LORA", "r": run.rank, "lora_alpha": alpha, "lora_dropout": run.dropout},
+              "stored": f":nf4{'-single' * run.no_double_quant}{'-bf16' * (run.precision == 'bf16')}", "info": lambda: info}
     info["paged"] = run.paged and "cuda" in run.device
     if info["paged"]:
         try:

@@ -415,6 +415,64 @@ def test_shared_machines_are_left_out_of_the_costs(tmp_path, capsys):
     assert "### Cost: cpu, 2 threads, fp32" in text and "### Cost: H200, 2 threads, fp32" in text
 
 
+def test_what_a_load_says_depends_on_processes_and_quality_only_says_it_itself(tmp_path, capsys):
+    runs = [result("lora", s, quiet=False, seconds=10.0 * (s + 1)) for s in range(3)]
+    runs[0]["environment"] |= {"processes": 4, "load_average": [0.0, 8.4]}  # 4 x 2 threads: a load of their own
+    runs[1]["environment"] |= {"processes": 4, "load_average": [0.0, 8.6]}
+    runs[2] |= {"inference": []}
+    runs[2]["environment"] |= {"processes": 4, "load_average": [0.0, 0.1]}
+    text, *_ = page(capsys, write(tmp_path / "a", *runs))
+    assert "2 of 3 runs left out" in text and "--quality_only" in text
+    assert "| LoRA   |    1 |    10.0 |" in text
+
+
+def test_checkpointing_has_costs_of_its_own(tmp_path, capsys):
+    runs = [result("lora", 0, mib=400), result("hira", 0, mib=900), result("lora", 1, mib=450)]
+    runs[0]["args"]["checkpointing"] = True
+    text, *_ = page(capsys, write(tmp_path / "a", *runs))
+    assert "### Cost: cpu, 2 threads, fp32\n" in text and "### Cost: cpu, 2 threads, fp32, --checkpointing\n" in text
+    assert "Least peak memory in training, MiB (order of means, not tested): LoRA 450, then HiRA 900" in text
+
+
+def test_a_machine_that_tells_no_memory_has_its_other_figures_compared(tmp_path, capsys):
+    runs = [result(n, s, score=0.8 + 0.05 * (n == "hira") + 0.005 * (s % 3) * (n == "hira")) for n in ("lora", "hira")
+            for s in range(8)]
+    for run in runs:
+        run["memory"] |= dict.fromkeys(("train_peak", "before_training", "inference_peak"))
+    text, _, err = page(capsys, write(tmp_path / "a", *runs))
+    assert not err and "HiRA is better than LoRA" in text and "Least training time" in text
+    assert "nan" not in text and "Least peak memory" not in text and "× the peak memory" not in text
+    compare.main([str(tmp_path / "a")])
+    assert not list((tmp_path / "a").glob("*memory.png")) and len(list((tmp_path / "a").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("flag, one, other", [
+    ("rank", 8, 64), ("head_lr", 0.001, 0.01), ("precision", "fp32", "bf16"), ("alpha", None, 4.0), ("dropout", 0.0, 0.1)])
+def test_settings_that_differ_are_told_between_methods_and_within_one(tmp_path, capsys, flag, one, other):
+    def text(name, settings):
+        runs = [result(n, s) for n in ("lora", "hira") for s in range(4)]
+        for run in runs:
+            run["args"][flag] = settings(run)
+        return page(capsys, write(tmp_path / name, *runs))[0]
+    warned = f"`--{flag}` differs: "
+    assert warned not in text("a", lambda run: one)
+    assert f"{warned}lora {one}; hira {other}." in text("b", lambda run: other if run["method"] == "hira" else one)
+    crossed = text("c", lambda run: other if (run["seed"] < 2) == (run["method"] == "hira") else one)
+    both = ", ".join(sorted((str(one), str(other))))
+    assert f"{warned}lora {both}; hira {both}." in crossed  # the same values on both sides, and never in one pair
+
+
+def test_a_flag_that_a_method_lacks_does_not_differ_and_cpus_do(tmp_path, capsys):
+    runs = [result(n, s) for n in ("lora", "hira") for s in range(2)]
+    for run in runs:
+        run["environment"]["cpu"] = "A"
+        if run["method"] == "lora":
+            run["args"]["alpha"] = 32.0
+    assert "differs" not in (text := page(capsys, write(tmp_path / "a", *runs))[0]) and "of different CPUs" not in text
+    runs[-1]["environment"]["cpu"] = "B"
+    assert "Costs are of different CPUs: lora A; hira A, B." in page(capsys, write(tmp_path / "b", *runs))[0]
+
+
 def test_metric_and_json(tmp_path, capsys):
     folder = write(tmp_path / "r", *(result(n, s, score=0.8 + s / 100) for n in ("lora", "hira") for s in range(8)))
     compare.main([folder, "--json", "--metric", "f1"])

@@ -252,6 +252,56 @@ def test_blocks_of_causal_lm(models, text_dir, tmp_path):
         tokenizer.unk_token_id if word == "<unk>" else tokenizer.convert_tokens_to_ids(word) for word in words]
 
 
+def test_blocks_begin_with_the_token_that_the_tokenizer_puts_before_every_text(models, text_dir, tmp_path):
+    """As Llama's and Gemma's do. It is read in each block, and never predicted: [CLS] plays its part."""
+    import shutil
+
+    from tokenizers import processors
+    folder = shutil.copytree(models("llama", "CausalLM"), tmp_path / "model")
+    tokenizer = tiny_tokenizer("llama")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    tokenizer.bos_token = "[CLS]"
+    tokenizer.save_pretrained(folder)
+    options = ["--dataset", "wikitext2", "--data_dir", text_dir, "--max_length", 12]
+    _, data = load(tmp_path / "a", *options, "--model", folder)
+    _, plain = load(tmp_path / "b", *options, "--model", models("llama", "CausalLM"))
+    blocks = rows_of(data.train)
+    assert all(block[0] == 2 for block in blocks) and all(len(block) == 12 for block in blocks[:-1])
+    assert [token for block in blocks for token in block[1:]] == [token for block in rows_of(plain.train) for token in block]
+    _, flags = common.predicted_tokens(data, data.train, 0, 0)
+    assert not flags[data.train.tokens == 2].any() and flags.sum() == (data.train.tokens > 2).sum()
+
+
+@pytest.mark.parametrize("name", ["demographics", "demo_2", "./demo", "imdb/"])
+def test_a_folder_is_a_folder_whatever_its_name_begins_with(models, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    texts, _ = sentences(60, 0)
+    for split in ("train", "test"):
+        write_rows(tmp_path / name, split, {"text": texts, "label": [i % 3 for i in range(60)]})
+    run, data = load("out", "--dataset", name, "--model", models("distilbert"), "--max_length", 24)
+    assert data.classes == 3 and len(data.eval.rows) == 60 and run.model != "demo"
+
+
+@pytest.mark.parametrize("kind", ["roberta", "camembert", "xlm-roberta-xl"])
+def test_the_longest_row_that_positions_from_pad_on_allow(models, reviews, tmp_path, capsys, kind):
+    import transformers
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=len(WORDS) + 5, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=40, pad_token_id=0)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer("bert").save_pretrained(tmp_path / "model")
+    flags = ["--dataset", reviews, "--model", tmp_path / "model", "--targets", "dense", "--max_length"]
+    with pytest.raises(SystemExit):
+        load(tmp_path, *flags, 40)
+    longest = int(capsys.readouterr().err.split("takes 4 to ")[1].split()[0])
+    run, data = load(tmp_path, *flags, longest)
+    model = common.load_base(run, data).eval()
+    common.forward(model, common.fixed_batch(data, 2, longest))
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        common.forward(model, common.fixed_batch(data, 2, longest + 1))
+
+
 @pytest.mark.parametrize("unknown", ["<unk>", "<|endoftext|>"])
 def test_unk_is_one_token_in_byte_level_vocabularies(tmp_path, unknown):
     """GPT-2's and RoBERTa's way of writing tokens: `<unk>` is one unknown token, and adds no token of its own beside it."""

@@ -102,7 +102,7 @@ FLAGS = [  # script, flags beside the good ones, what the line must name
     ("lora", "--targets", ["--targets"]),
     ("lora", "--device nowhere", ["--device nowhere"]), ("hira", "--device cuda:99", ["--device cuda:99"]),
     ("lora", "--device meta", ["--device meta"]), ("lora", "--device hpu", ["--device hpu"]),
-    ("lora", "--device mps:7", ["--device mps:7"]),
+    ("lora", "--device mps:7", ["--device mps:7"]), ("lora", "--device mps", ["--device mps"]),
     ("lora", "--precision fp8", ["--precision", "fp32", "bf16"]), ("common", "--split train", ["--split", "test", "dev"]),
     ("lora", "--name a/b", ["--name", "'a/b'"]), ("common", "--name ../x", ["--name"]), ("lora", "--name 'a b'", ["--name"]),
     ("lora", "--lerning_rate 1", ["--lerning_rate", "--help"]), ("hira", "--alpha 16", ["--alpha"]),
@@ -178,6 +178,17 @@ def spoiled(name, content):
     return make
 
 
+def csv(folder, texts, test=TEXTS):
+    folder.mkdir(parents=True)
+    for name, column in (("train", texts), ("test", test)):
+        rows = "".join(f"{text},{label}\n" for text, label in zip(column, LABELS, strict=True))
+        (folder / f"{name}.csv").write_text(f"text,label\n{rows}")
+
+
+def half_numbers(folder):
+    csv(folder, list(range(40)), test=["the film"] * 40)
+
+
 DATA = {  # what is wrong: (how to make it, what the line must name)
     "empty folder": (lambda folder: folder.mkdir(parents=True), []),
     "only a text file": (lambda folder: folder.mkdir(parents=True) or (folder / "README.md").write_text("hello"), []),
@@ -204,6 +215,8 @@ DATA = {  # what is wrong: (how to make it, what the line must name)
     "no test rows": (rewritten(test_text=[], test_label=[]), ["test"]),
     "no test split": (rewritten(test=None), ["test", "validation", "train"]),
     "no train split": (rewritten(train=None), ["train"]),
+    "a CSV file that is half numbers": (half_numbers, ["Failed to parse string", "the film"]),
+    "a CSV file that says None": (lambda folder: csv(folder, ["None", *TEXTS[1:]]), ["row 0", "train", "None, NA"]),
     "torn parquet": (spoiled("train.parquet", b"PAR1 and then nothing"), []),
     "empty parquet": (spoiled("test.parquet", b""), [])}
 
@@ -430,6 +443,14 @@ def test_adapters_beside_other_bits(good, saved, tmp_path, capfd):
     refused(capfd, lora, [*good, "--eval_only", path.with_suffix("")], ["--eval_only", "other bits", "the script"])
 
 
+@pytest.mark.parametrize("flags", [["--no_double_quant"], ["--precision", "bf16"]])
+def test_adapters_beside_four_other_bits(good, tmp_path, capfd, flags):
+    """One scale in 32 bits or in 8, the base rounded to 16 bits first or not: W0 is another one each time."""
+    [path] = qlora.main([*good, "--out", tmp_path])
+    capfd.readouterr()
+    refused(capfd, qlora, [*good, "--eval_only", path.with_suffix(""), *flags], ["--eval_only", "other bits"])
+
+
 def test_adapters_of_another_base(good, models, saved, capfd):
     refused(capfd, lora, [*good, "--eval_only", saved, "--model", models("distilbert", activation="relu", n_heads=2, dim=32,
                                                                          seq_classif_dropout=0.1, hidden_dim=96)],
@@ -565,6 +586,22 @@ def test_out_of_memory(good, capfd, monkeypatch, place, error):
         monkeypatch.setattr(common, "time_inference", lambda model, data, run, dtype, rows: common.forward(
             model, common.fixed_batch(data, 5, 8)))
     refused(capfd, lora, good, ["out of memory", "--batch_size", "--grad_accum", "--max_length", "--checkpointing"], status=1)
+
+
+def test_a_model_that_does_not_fit(good, capfd, monkeypatch):
+    monkeypatch.setattr(torch.nn.Module, "to", failing(torch.OutOfMemoryError("CUDA out of memory. Tried to …")))
+    refused(capfd, lora, good, ["out of memory", "--batch_size"], status=1)
+
+
+def test_a_model_without_checkpointing(good, tmp_path, capfd):
+    import transformers
+    config = transformers.AlbertConfig(vocab_size=50, embedding_size=16, hidden_size=32, num_hidden_layers=1,
+                                       num_attention_heads=4, intermediate_size=64, max_position_embeddings=40)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "albert")
+    tiny_tokenizer("bert").save_pretrained(tmp_path / "albert")
+    words = [*good[:2], "--model", tmp_path / "albert", *good[4:], "--targets", "query"]
+    lora.main([*words[:-4], "--out", tmp_path / "fine", "--targets", "query"])
+    refused(capfd, lora, [*words, "--checkpointing"], ["--checkpointing", "albert"])
 
 
 def test_other_runtime_errors_are_not_called_out_of_memory(good, monkeypatch):

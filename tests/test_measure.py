@@ -175,6 +175,37 @@ def test_flops_against_closed_formulas(models, reviews, tmp_path, name, layers):
     assert model.config._attn_implementation == kept and all(tensor.grad is None for tensor in model.parameters())
 
 
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("length, rows", [(64, 7), (24, 18), (24, 5)])
+def test_flops_of_few_rows_stand_for_a_batch(models, reviews, tmp_path, name, length, rows):
+    """A count of the whole batch, which takes the memory that count_flops spares, gives the same number."""
+    from torch.utils.flop_counter import FlopCounterMode
+    module, flags = EVERY[name]
+    run, data, model, method = ready(module, tmp_path, *flags, "--dataset", reviews, "--batch_size", rows, "--max_length",
+                                     length, "--model", models("distilbert", n_layers=4))
+    method.get("after_step", lambda *_: None)(9, 10, 0.0)
+    counts = common.count_flops(model, data, run)
+    batch = common.fixed_batch(data, rows, length)
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.cross_entropy(common.forward(model.train(), batch), batch.target).backward()
+    tokens = rows * length  # contextual sparsity's estimate takes 64 tokens or some more
+    more = len(range(0, tokens, max(1, tokens // 64))) - 64 if name == "contextual" and rows > 5 else 0
+    assert counts["train_step"] == counter.get_total_flops() - 2 * more * 2 * 32 * 64  # in two of the four layers
+
+
+def test_a_model_that_the_counter_cannot_follow_costs_no_run(models, reviews, tmp_path, monkeypatch, capsys):
+    def raises(*_, **__):
+        raise RuntimeError("Expected gradient function to be set\nmore")
+    monkeypatch.setattr("torch.utils.flop_counter.FlopCounterMode.__enter__", raises)
+    monkeypatch.setattr(common, "time_inference", lambda *_: {})
+    [path] = lora.main(["--dataset", reviews, "--model", models("distilbert"), "--max_length", 24, "--max_steps", 2,
+                        "--out", tmp_path])
+    result = json.loads(path.read_text())
+    assert result["flops"] == {} and result["metrics"] and path.with_suffix("").is_dir()
+    assert "no FLOPs" in (out := capsys.readouterr().out) and "Expected gradient" in out and "more" not in out
+
+
 def test_what_the_formulas_say():
     """The figures that the derivation is for, at DistilBERT's six layers."""
     assert full_step(6) / base_forward(6) == pytest.approx(3, rel=1e-3)
@@ -458,4 +489,5 @@ def test_environment_says_what_the_figures_depend_on(monkeypatch):
     assert found["load_average"] == [1.25, 3.5] and found["threads"] == torch.get_num_threads() == 1
     assert found["torch"] == torch.__version__.split("+")[0] and found["python"] == sys.version.split()[0]
     assert found["commit"] is None or len(found["commit"]) == 40
+    assert "cpu" in found and (sys.platform != "linux" or found["cpu"] in Path("/proc/cpuinfo").read_text())
     assert found["device"].startswith("cpu") and math.isfinite(found["load_average"][0])
