@@ -273,6 +273,17 @@ def test_blocks_begin_with_the_token_that_the_tokenizer_puts_before_every_text(m
     assert not flags[data.train.tokens == 2].any() and flags.sum() == (data.train.tokens > 2).sum()
 
 
+def test_one_folder_is_one_name(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    texts, labels = sentences(60, 0)
+    for split in ("train", "test"):
+        write_rows(tmp_path / "my", split, {"text": texts, "label": labels})
+    (tmp_path / "base").symlink_to(models("distilbert"))
+    made = {json.dumps(load("out", "--dataset", dataset, "--model", model, "--max_length", 24)[0].settings)
+            for dataset, model in (("my", "base"), ("my/", "base/"), ("./my", "./base"))}
+    assert len(made) == 1 and '"dataset": "my"' in made.pop()
+
+
 @pytest.mark.parametrize("name", ["demographics", "demo_2", "./demo", "imdb/"])
 def test_a_folder_is_a_folder_whatever_its_name_begins_with(models, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
@@ -300,6 +311,22 @@ def test_the_longest_row_that_positions_from_pad_on_allow(models, reviews, tmp_p
     common.forward(model, common.fixed_batch(data, 2, longest))
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         common.forward(model, common.fixed_batch(data, 2, longest + 1))
+
+
+def test_logits_of_a_model_whose_head_passes_its_own_base_by(text_dir, tmp_path):
+    """OPT's calls the decoder inside: the rows that do not count are dropped behind it."""
+    import transformers
+    config = transformers.OPTConfig(vocab_size=len(WORDS) + 5, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                    ffn_dim=64, max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0)
+    model = transformers.OPTForCausalLM(config)
+    model.save_pretrained(tmp_path / "opt")
+    tiny_tokenizer("llama").save_pretrained(tmp_path / "opt")
+    run, data = load(tmp_path, "--dataset", "wikitext2", "--data_dir", text_dir, "--model", tmp_path / "opt",
+                     "--targets", "q_proj", "--max_length", 12)
+    batch = common.fixed_batch(data, 3, 12)
+    logits = common.forward(common.load_base(run, data).eval(), batch)
+    theirs = model.eval()(input_ids=batch.ids, attention_mask=batch.attended.long()).logits[:, :-1]
+    assert torch.allclose(logits, theirs.flatten(0, 1), atol=1e-5) and len(batch.target) == 33
 
 
 @pytest.mark.parametrize("unknown", ["<unk>", "<|endoftext|>"])

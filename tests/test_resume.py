@@ -124,6 +124,21 @@ def test_a_checkpoint_of_other_settings_is_not_used(models, reviews, tmp_path, m
     assert "starting afresh" in capsys.readouterr().out
 
 
+def test_a_run_whose_scoring_was_too_large_continues_with_a_smaller_one(models, reviews, whole, tmp_path, monkeypatch, capsys):
+    """As the message says; the batch that scoring takes changes nothing that was trained."""
+    words = [*flags(models, reviews, tmp_path), "--save_every", 13]
+
+    def hungry(model, data, run):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(common, "score", hungry)
+        lora.main(words)
+    assert stop.value.code == 1 and "--eval_batch_size" in capsys.readouterr().err
+    [path] = lora.main([*words, "--eval_batch_size", 8])
+    assert "continuing at step 13" in capsys.readouterr().out
+    assert outcome(path)[-1] == outcome(whole("lora"))[-1] and outcome(path)[2] == outcome(whole("lora"))[2]
+
+
 def test_ctrl_c_while_scoring_is_one_line(models, reviews, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "score", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as stopped:
