@@ -263,7 +263,7 @@ def runs(args):
         todo = [argparse.Namespace(**vars(args), seed=seed, settings=kept, seconds={},
                                    path=args.out / f"{stem}-seed{seed}.json") for seed in args.seeds]
         for run in [run for run in todo if run.eval_only or not finished(run)]:  # all are checked before the first one starts
-            run.load_average = os.getloadavg()[0]
+            run.load_average = [os.getloadavg()[0]]
             yield run
     finally:
         signal.signal(signal.SIGINT, interrupt)
@@ -925,8 +925,8 @@ def train(model, data, run, method):
     with room(run):
         model.to(device)
     reset_peak(device)
-    history = SimpleNamespace(curve=[], laps=[], window=[], epoch_seconds=[], seconds=0.0, rows=0, tokens=0, padded=0, step=0,
-                              before=resident(device), memory={})
+    history = SimpleNamespace(curve=[], laps=[], window=[], loads=[], epoch_seconds=[], seconds=0.0, rows=0, tokens=0,
+                              padded=0, step=0, before=resident(device), memory={})
     optimizer = method["optimizer"](groups) if "optimizer" in method else torch.optim.AdamW(groups, fused=True)
     peaks = [group["lr"] for group in optimizer.param_groups]
     after_step = method.get("after_step", lambda step, total, lr: None)
@@ -1090,6 +1090,7 @@ def look(history, per_epoch, bar):
     step, lr, _ = history.window[-1]
     history.curve.append({"step": step, "epoch": round(step / per_epoch, 4), "lr": lr, "train_loss": losses.mean().item()})
     bar.set_postfix(loss=f"{history.curve[-1]['train_loss']:.3f}", lr=f"{lr:.1e}")
+    history.loads.append(os.getloadavg()[0])
     history.window.clear()
 
 
@@ -1499,7 +1500,7 @@ def environment(run):
             **{name: version(name) for name in ("transformers", "datasets", "bitsandbytes")},
             "device": f"{device.type} {name}", "cpu": cpu[1] if cpu else platform.processor() or None,
             "processes": world(), "threads": torch.get_num_threads(), "precision": run.precision,
-            "load_average": [run.load_average, os.getloadavg()[0]],
+            "load_average": [*run.load_average, os.getloadavg()[0]],  # at the start, the median in training, at the end
             "commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
 
 
@@ -1512,6 +1513,7 @@ def save_result(model, data, run, method, history, metrics, costs):
     costs["parameters"] |= {"sparsity": info.pop("sparsity")} if "sparsity" in info else {}
     metrics = dict(metrics)
     correct = metrics.pop("correct", None)
+    run.load_average.append(torch.tensor(history.loads).median().item())
     unfinished = run.path.with_suffix(".tmp")
     try:
         with timed(run.seconds, "save"):

@@ -61,7 +61,7 @@ def prepare(args, script, extra=()):
     import common
     parsed = common.parse_args(script.__doc__, script.__file__, script.add_args, [*flags(args, script.__name__), *extra])
     run = argparse.Namespace(**vars(parsed), seed=args.seed, settings=common.settings(parsed), seconds={},
-                             path=Path("/nonexistent/never-written/run.json"), load_average=0.0)
+                             path=Path("/nonexistent/never-written/run.json"), load_average=[])
     data = common.load_data(run)
     return run, data, common.load_base(run, data)
 

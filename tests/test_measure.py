@@ -387,6 +387,15 @@ def test_work_outside_training_is_not_on_its_clock(models, reviews, tmp_path, mo
         assert times["accelerator_hours"] == pytest.approx(21 / 3600)
 
 
+def test_a_load_that_came_and_went_while_training_is_on_record(models, reviews, tmp_path, monkeypatch):
+    """Quiet at both ends, shared for most of the steps: compare.py takes the largest of the three."""
+    loads = iter([0.5, *[9.0] * 8, *[1.5] * 6, 0.5])  # 14 steps, one look at each
+    monkeypatch.setattr(common.os, "getloadavg", lambda: (next(loads), 0, 0))
+    [path] = lora.main(["--dataset", reviews, "--model", models("distilbert"), "--max_length", 24, "--batch_size", 16,
+                        "--epochs", 2, "--quality_only", "--out", tmp_path])
+    assert json.loads(path.read_text())["environment"]["load_average"] == [0.5, 9.0, 0.5] and not list(loads)
+
+
 def test_quality_only_scores_and_measures_no_inference(models, reviews, tmp_path, capsys):
     flags = ["--dataset", reviews, "--model", models("distilbert"), "--max_length", 24, "--max_steps", 2, "--out", tmp_path]
     [path] = lora.main([*flags, "--quality_only"])
@@ -485,8 +494,8 @@ def test_latency_is_of_three_states_in_turns(models, reviews, tmp_path, monkeypa
 
 def test_environment_says_what_the_figures_depend_on(monkeypatch):
     monkeypatch.setattr(common.os, "getloadavg", lambda: (3.5, 0, 0))
-    found = common.environment(SimpleNamespace(device="cpu", precision="fp32", load_average=1.25))
-    assert found["load_average"] == [1.25, 3.5] and found["threads"] == torch.get_num_threads() == 1
+    found = common.environment(SimpleNamespace(device="cpu", precision="fp32", load_average=[1.25, 1.5]))
+    assert found["load_average"] == [1.25, 1.5, 3.5] and found["threads"] == torch.get_num_threads() == 1
     assert found["torch"] == torch.__version__.split("+")[0] and found["python"] == sys.version.split()[0]
     assert found["commit"] is None or len(found["commit"]) == 40
     assert "cpu" in found and (sys.platform != "linux" or found["cpu"] in Path("/proc/cpuinfo").read_text())
