@@ -245,7 +245,8 @@ def settings(run):
              "quality_only"}
     flags = {key: value for key, value in sorted(vars(run).items()) if key not in where}
     for key in ("model", "dataset"):
-        if Path(flags[key]).is_absolute():
+        if Path(flags[key]).is_absolute():  # the name alone is told; a hash tells two folders of one name apart
+            flags[f"{key} folder"] = hashlib.sha256(os.path.normpath(flags[key]).encode()).hexdigest()[:8]
             flags[key] = Path(flags[key]).name
     return flags
 
@@ -654,6 +655,9 @@ def load_base(run, data):
         if getattr(run, "rank", None) and not run.targets:
             run.targets = TARGETS.get(model.config.model_type) or fail(
                 f"--targets: none known for {model.config.model_type}; name some of {', '.join(candidates(model))}")
+        widest = max((max(weight_of(module).shape) for module in model.modules() if is_linear(module)), default=0)
+        if getattr(run, "rank", 0) > widest:
+            fail(f"--rank {run.rank}: no layer of {run.model} is wider than {widest}")
         digest = hashlib.sha256()
         for _, tensor in sorted(model.named_parameters()):
             digest.update(b"" if tensor.requires_grad else tensor.numpy().data)
@@ -936,7 +940,7 @@ def train(model, data, run, method):
     per_epoch = math.ceil(len(lengths) / size)
     total = run.max_steps or run.epochs * per_epoch
     every = max(1, total // 50)
-    resume(run, model, optimizer, history)
+    resume(run, data, model, optimizer, history)
     after_step(history.step, total, 0.0)
     bar = tqdm(total=total, initial=history.step, desc=f"{run.name} seed {run.seed}", leave=False,
                disable=None if rank() == 0 else True)
@@ -978,7 +982,7 @@ def train(model, data, run, method):
                     if epoch_ends:
                         history.epoch_seconds.append(history.seconds - sum(history.epoch_seconds))
                     if save:
-                        save_checkpoint(run, model, optimizer, history)
+                        save_checkpoint(run, data, model, optimizer, history)
                     clock.start()
                 if stop:
                     bar.close()
@@ -1123,10 +1127,10 @@ def checkpoint_path(run):
     return run.path.with_suffix(".checkpoint")
 
 
-def identity(run):
+def identity(run, data):
     """What a checkpoint must share with the run that continues it: all but the batch that scoring takes afterwards."""
     kept = {key: value for key, value in run.settings.items() if key != "eval_batch_size"}
-    return json.dumps([kept, run.seed, run.model_sha256, world()])
+    return json.dumps([kept, run.seed, run.model_sha256, data.sha256, world()])
 
 
 def changing(model):
@@ -1135,7 +1139,7 @@ def changing(model):
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
-def save_checkpoint(run, model, optimizer, history):
+def save_checkpoint(run, data, model, optimizer, history):
     """Write all that a stopped run needs, by atomic rename. Random numbers depend on (seed, step) alone: none to keep."""
     if rank() == 0:
         run.path.parent.mkdir(parents=True, exist_ok=True)
@@ -1144,7 +1148,7 @@ def save_checkpoint(run, model, optimizer, history):
         kept["window"] = [(step, lr, float(loss)) for step, lr, loss in history.window]
         unfinished = checkpoint_path(run).with_suffix(".tmp")
         try:
-            torch.save({"run": identity(run), "model": changing(model),
+            torch.save({"run": identity(run, data), "model": changing(model),
                         "optimizer": optimizer.state_dict(), "history": kept}, unfinished)
             unfinished.replace(checkpoint_path(run))
         except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
@@ -1152,13 +1156,13 @@ def save_checkpoint(run, model, optimizer, history):
             fail(f"--out {run.path.parent}: cannot write the checkpoint ({first_line(error)})", status=1)
 
 
-def resume(run, model, optimizer, history):
+def resume(run, data, model, optimizer, history):
     """Go on from this run's checkpoint, if there is one; one that cannot be used is named, and the run starts afresh."""
     path, saved = checkpoint_path(run), None
     if rank() == 0 and path.exists():
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            if saved["run"] != identity(run):
+            if saved["run"] != identity(run, data):
                 raise ValueError("it is of other settings")
         except Exception as error:  # torn files fail in many ways
             say(f"{path}: not usable ({first_line(error)}); starting afresh")
@@ -1439,6 +1443,9 @@ def load_adapter(model, data, run, method):
     except Exception as error:  # no such file, a torn file, another format
         fail(f"--eval_only {folder}: no adapter that can be read ({first_line(error)}); wanted: adapter_model.safetensors "
              "and adapter_config.json")
+    if str(start := config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        fail(f"--eval_only {folder}: it was made with init_lora_weights={start!r}, which changes the base itself; save it as "
+             "a plain LoRA (PEFT: path_initial_model_for_weight_conversion)")
     flags = {"peft_type": "the script", "r": "--rank", "lora_alpha": "--alpha"}
     for key, flag in flags.items():
         if key in method.get("peft", {}) and config.get(key) != method["peft"][key]:
@@ -1448,9 +1455,9 @@ def load_adapter(model, data, run, method):
         fail(f"--eval_only {folder}: trained on another base ({config.get('base_model_name_or_path', 'unnamed')}), not on "
              f"--model {run.model}, or on the same in other bits; change --model or the script")
 
-    def setting(key, path):  # one layer's own value, by the end of its name, or everybody's
+    def setting(key, path):  # one layer's own value, by PEFT's rule for names, or everybody's
         pattern = config.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
-        return next((value for name, value in pattern.items() if f".{path}".endswith(f".{name}")), config[key])
+        return next((value for name, value in pattern.items() if re.match(rf"(.*\.)?({name})$", path)), config[key])
     for path, module in adapters(model).items():  # a pruned adapter has fewer components in some layers
         if not module.keys:
             continue

@@ -527,6 +527,8 @@ def test_adapter_of_peft_loads_here(method, kind, models, tmp_path):
 @pytest.mark.parametrize("options", [
     {"use_rslora": True}, {"rank_pattern": {"q_lin": 2}},
     {"rank_pattern": {"distilbert.transformer.layer.0.attention.q_lin": 2}}, {"alpha_pattern": {"q_lin": 3}},
+    {"alpha_pattern": {".*q_lin": 3}}, {"alpha_pattern": {r"distilbert\.transformer\.layer\.0\.attention\.q_lin": 3}},
+    {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"init_lora_weights": "gaussian"},
     {"use_dora": True}, {"bias": "all"}, {"target_modules": ["q_lin"]}], ids=str)
 def test_adapter_of_peft_that_means_something_else_is_refused_or_right(options, models, tmp_path):
     """Never other logits without a word: PEFT's options that change the formula load rightly or end with one line."""
@@ -548,6 +550,41 @@ def test_adapter_of_peft_that_means_something_else_is_refused_or_right(options, 
         return
     with torch.no_grad():
         close(common.forward(model.eval(), batch_of(kind)), peft_logits(theirs.eval(), batch_of(kind)), 1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dropout_acts_on_the_adapters_input_only(method, models, tmp_path):
+    model, _, _ = start(method, models("distilbert"), tmp_path, "--dropout", 0.5)
+    layer, x = next(module for module in common.adapters(model).values() if module.keys), torch.randn(5, 32)
+    assert torch.allclose(layer.train()(x), layer.eval()(x), atol=1e-6)  # B is zero: what the base reads is whole
+    layer.B.data.normal_()
+    assert not torch.allclose(layer.train()(x), layer.eval()(x), atol=1e-2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_starts_uniform_and_b_at_zero(method, models, tmp_path):
+    """A within ±1/√in, Kaiming's bound for a = √5, with the spread of a uniform draw."""
+    model, _, _ = start(method, models("distilbert"), tmp_path, "--rank", 32)
+    for layer in common.adapters(model).values():
+        if layer.keys:
+            assert 0.95 < layer.A.abs().max() * 32**0.5 <= 1 and abs(layer.A.std() * (3 * 32)**0.5 - 1) < 0.06
+            assert not layer.B.any()
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "hira"])
+def test_alpha_reaches_the_scale_and_the_file(method, models, tmp_path):
+    model, run, recipe = start(method, models("distilbert"), tmp_path, "--alpha", 6)
+    assert {layer.scale for layer in common.adapters(model).values() if layer.keys} == {6 / run.rank}
+    assert recipe["peft"]["lora_alpha"] == 6
+
+
+@pytest.mark.parametrize("kind", common.TARGETS)
+def test_default_targets_are_in_every_block(kind):
+    from transformers import AutoConfig, AutoModel
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(kind)).requires_grad_(False)
+    found = common.replace(model, common.TARGETS[kind], lambda layer: layer)
+    assert len(found) == len(common.TARGETS[kind]) * model.config.num_hidden_layers
 
 
 SCORED = [(method, "distilbert", "", "classification") for method in METHODS] + [

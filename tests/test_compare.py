@@ -494,6 +494,20 @@ def test_page_and_plots_are_the_same_every_time(tmp_path):
     assert not any(str(tmp_path).encode() in content for content in made[0].values())
 
 
+def test_the_front_of_a_metric_of_which_less_is_better(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    fronts, plot = [], Axes.plot
+
+    def record(axes, *args, **options):
+        fronts.extend([list(args[1])] if options.get("label") == "Pareto front" else [])
+        return plot(axes, *args, **options)
+    monkeypatch.setattr(Axes, "plot", record)
+    runs = [result(n, s, lm=True, score=score, trainable=size, mib=size) for n, score, size in (
+        ("lora", 20.0, 100), ("hira", 30.0, 200), ("qlora", 10.0, 400)) for s in (0, 1)]
+    compare.main([write(tmp_path / "r", *runs)])
+    assert fronts == [[20.0, 10.0]] * 2  # by parameters and by memory: HiRA is larger than LoRA and worse
+
+
 def test_help_imports_nothing_heavy():
     code = ("import sys, compare\ntry: compare.main(['--help'])\nexcept SystemExit: pass\n"
             "assert not {'torch', 'transformers', 'scipy', 'matplotlib'} & set(sys.modules)")

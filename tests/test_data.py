@@ -273,6 +273,11 @@ def test_blocks_begin_with_the_token_that_the_tokenizer_puts_before_every_text(m
     assert not flags[data.train.tokens == 2].any() and flags.sum() == (data.train.tokens > 2).sum()
 
 
+def test_tokenising_loses_nothing_between_its_chunks():
+    tokenizer, texts = tiny_tokenizer("bert"), [" ".join(WORDS[i % 7:i % 11]) for i in range(2345)]
+    assert common.tokenise(texts, tokenizer, "train") == [tokenizer(text)["input_ids"] for text in texts]
+
+
 def test_one_folder_is_one_name(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     texts, labels = sentences(60, 0)

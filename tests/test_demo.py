@@ -105,6 +105,19 @@ def test_the_model_knows_every_word_and_leaves_random_numbers_alone(rows):
     assert not AutoModel.from_pretrained(folder, output_loading_info=True)[1]["missing_keys"]
 
 
+def test_the_model_has_learned_which_words_are_loved(rows):
+    """What the demo rests on: before any fine-tuning, the masked-LM head tells a good review from a bad one."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(demo.model())
+    model = AutoModelForMaskedLM.from_pretrained(demo.model()).eval()
+    batch = tokenizer([f"i [MASK] it. {text}" for text in rows["test"]["text"][:300]], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+    chances = logits[batch["input_ids"] == tokenizer.mask_token_id].softmax(-1)
+    loved, hated = (chances[:, tokenizer.convert_tokens_to_ids(words)].sum(1) for words in (demo.LOVED, demo.HATED))
+    assert ((loved > hated) == torch.tensor(rows["test"]["label"][:300]).bool()).float().mean() > 0.8
+
+
 def test_a_short_pre_training_leaves_random_numbers_and_threads_alone(tmp_path):
     torch.manual_seed(3)
     state = torch.get_rng_state(), random.getstate(), torch.get_num_threads()

@@ -3,6 +3,7 @@
 Starting processes takes longer than all that they do here, so one launch of two processes runs every job.
 """
 
+import functools
 import gc
 import importlib
 import json
@@ -125,6 +126,7 @@ def both(models, reviews, text_dir, tmp_path_factory):
                 current.append((kind, what))
         logs.append(by_job)
 
+    @functools.cache
     def alone(name):
         script, *words = flags["lora" if name in OTHERS else name]
         module = importlib.import_module(script.removesuffix(".py"))
@@ -155,7 +157,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(both, name):
 @pytest.mark.parametrize("name", [*METHODS, "masked", "causal"])
 def test_scores_equal_those_of_one_process(both, name):
     folder, _, alone, _ = both
-    two, one = outcome(folder / name)[0], json.loads(next((folder.parent / "alone" / name).glob("*.json")).read_text())
+    two, one = outcome(folder / name)[0], alone(name)[0]
     assert two["correct"] == one["correct"] and two["split"] == one["split"]
     for scores, wanted in ((two["metrics"], one["metrics"]), (two["metrics"].get("merged"), one["metrics"].get("merged"))):
         assert (scores is None) == (wanted is None)

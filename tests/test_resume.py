@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import sentences, write_rows
 
 import common
 import hira
@@ -21,7 +22,8 @@ import sparse_lora
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = {"lora": (lora, []), "hira": (hira, []), "qlora": (qlora, ["--nf4_backend", "torch"]), "prune": (sparse_lora, []),
          "penalty": (sparse_lora, ["--penalty", "0.3", "--sparsity", "0"]),
-         "rank": (sparse_lora, ["--structure", "rank"]), "contextual": (sparse_lora, ["--mode", "contextual"])}
+         "rank": (sparse_lora, ["--structure", "rank"]),
+         "contextual": (sparse_lora, ["--mode", "contextual", "--dense_layers", "0"])}
 
 
 def flags(models, reviews, out):
@@ -139,12 +141,28 @@ def test_a_run_whose_scoring_was_too_large_continues_with_a_smaller_one(models, 
     assert outcome(path)[-1] == outcome(whole("lora"))[-1] and outcome(path)[2] == outcome(whole("lora"))[2]
 
 
+def test_a_checkpoint_of_other_rows_is_not_used(models, tmp_path, monkeypatch, capsys):
+    """The folder is the same, its rows are not: half a run on each would be neither."""
+    words = [*flags(models, tmp_path / "rows", tmp_path / "out"), "--batch_size", 8]
+    for seed in (1, 2):
+        for split in ("train", "test"):
+            write_rows(tmp_path / "rows", split, dict(zip(("text", "label"), sentences(60, seed), strict=True)))
+        if seed == 1:
+            with monkeypatch.context() as patch, pytest.raises(SystemExit):
+                stop_at(patch, 3, signal.SIGTERM)
+                lora.main(words)
+    lora.main(words)
+    out = capsys.readouterr().out
+    assert "other settings" in out and "starting afresh" in out and "continuing" not in out
+
+
 def test_ctrl_c_while_scoring_is_one_line(models, reviews, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "score", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as stopped:
         lora.main(flags(models, reviews, tmp_path))
     assert stopped.value.code == 130
-    assert capsys.readouterr().err.strip().count("\n") == 0
+    error = capsys.readouterr().err.strip()
+    assert "stopped" in error and error.count("\n") == 0
     assert not list(tmp_path.glob("*.json"))
 
 

@@ -296,6 +296,22 @@ def contextual(kind, models, out, *flags, checkpoint="", task="classification"):
     return model.train(), run, [module for module in model.modules() if isinstance(module, sparse_lora.WayIn)]
 
 
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_dense_layers_are_the_first_ones(n, models, tmp_path):
+    _, _, method = start("contextual", models("distilbert", **DEEP["distilbert"]), tmp_path, "--dense_layers", n)
+    assert list(method["info"]()["channels_kept"]) == [f"distilbert.transformer.layer.{i}" for i in range(n, 4)]
+
+
+def test_the_svd_estimate_picks_where_it_is_asked_to(models, tmp_path):
+    model, _, (first, *_) = contextual("distilbert", models, tmp_path, "--sparsity", 0.6, "--estimator", "svd")
+    inputs, batch = [], batch_of("distilbert", lengths=(40, 12, 31, 26, 40, 9, 38))
+    first.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    common.forward(model, batch)
+    scores = sparse_lora.estimated_scores(inputs[0][batch.attended], [sparse_lora.svd_estimate(first.base.weight)],
+                                          [first.base.bias], F.gelu)
+    assert torch.equal(first.channels.picked, scores.topk(first.channels.keep).indices.sort().values)
+
+
 def dense_twin(kind, models, out, checkpoint="", task="classification"):
     model, _, _ = start("lora", models(kind, checkpoint, **DEEP[kind]), out, task=task)
     randomise(model)

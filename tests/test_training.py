@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 EVERY = {  # each way of training: its script and flags
     "head only": (common, []), "full": (common, ["--full"]), "lora": (lora, []), "hira": (hira, []),
     "qlora": (qlora, ["--nf4_backend", "torch"]), "prune": (sparse_lora, []),
-    "contextual": (sparse_lora, ["--mode", "contextual"])}
+    "contextual": (sparse_lora, ["--mode", "contextual", "--dense_layers", "0"])}
 
 
 def ready(module, out, *words):
@@ -138,6 +138,49 @@ def test_every_method_sees_the_same_batches_and_head(models, reviews, text_dir, 
         assert all(torch.equal(heads[name][key], heads["lora"][key]) for key in heads["lora"]), name
 
 
+@pytest.mark.parametrize("task", ["classification", "mlm"])
+def test_every_epoch_has_its_own_batches_and_masks(models, reviews, text_dir, tmp_path, monkeypatch, task):
+    flags = rows_flags(models, reviews) if task == "classification" else text_flags(models, text_dir)
+    run, data, model, method = ready(lora, tmp_path, *flags, "--epochs", 2, "--batch_size", 20)
+    seen, collate = [], common.collate
+
+    def record(data, split, rows, *more):
+        batch = collate(data, split, rows, *more)
+        seen.append({row: scored for row, scored in zip(rows.tolist(), batch.scored.tolist(), strict=True)})
+        return batch
+    monkeypatch.setattr(common, "collate", record)
+    common.train(model, data, run, method)
+    epochs = seen[:len(seen) // 2], seen[len(seen) // 2:]
+    one, two = ({row: [i for i, mark in enumerate(marks) if mark] for batch in epoch for row, marks in batch.items()}
+                for epoch in epochs)
+    assert {frozenset(batch) for batch in epochs[0]} != {frozenset(batch) for batch in epochs[1]}
+    assert one.keys() == two.keys() and (one != two) == (task == "mlm")
+
+
+@pytest.mark.parametrize("kind, head", [("distilbert", "MaskedLM"), ("gpt2", "CausalLM")])
+def test_a_subset_of_blocks_is_what_trains_and_what_scores(models, text_dir, tmp_path, monkeypatch, kind, head):
+    run, data, model, method = ready(lora, tmp_path, *text_flags(models, text_dir, kind, head), "--train_samples", 8,
+                                     "--eval_samples", 5, "--epochs", 1, "--batch_size", 4)
+    used, collate = {id(data.train): [], id(data.eval): []}, common.collate
+
+    def record(data, split, rows, *more):
+        used[id(split)] += rows.tolist()
+        return collate(data, split, rows, *more)
+    monkeypatch.setattr(common, "collate", record)
+    common.train(model, data, run, method)
+    common.score(model, data, run)
+    for split in (data.train, data.eval):
+        assert sorted(used[id(split)]) == split.rows.tolist() != list(range(len(split.rows)))
+
+
+def test_scoring_knows_no_dropout(models, reviews, tmp_path):
+    """Whatever mode training left the model in."""
+    rates = {"dropout": 0.5, "attention_dropout": 0.5, "seq_classif_dropout": 0.5}
+    run, data, model, _ = ready(lora, tmp_path, "--dataset", reviews, "--max_length", 24, "--dropout", 0.5,
+                                "--model", models("distilbert", **rates))
+    assert common.score(model.train(), data, run) == common.score(model.eval(), data, run)
+
+
 def test_every_step_draws_its_own_dropout(models, reviews, tmp_path, monkeypatch):
     """The generator is seeded before each step: by the run's seed and the step, alike for all methods."""
     backward, seeds = common.backward, {}
@@ -240,12 +283,15 @@ def schedule(step, total, warm):
 def test_learning_rate_at_each_step(models, reviews, tmp_path, total, warmup, warm):
     """Adapter and head each rise to their own peak and fall in step; after_step hears the adapter's."""
     run, data, model, method = ready(lora, tmp_path, *rows_flags(models, reviews), "--max_steps", total, "--warmup", warmup,
-                                     "--lr", 3e-3, "--head_lr", 2e-4, "--batch_size", 4)
+                                     "--lr", 3e-3, "--head_lr", 2e-4, "--batch_size", 4, "--weight_decay", 0.1)
     heard, used = [], []
+    head = {id(tensor) for name, tensor in model.named_parameters() if name in run.head}
 
     class Recorder(torch.optim.SGD):
         def step(self):
             used.append([group["lr"] for group in self.param_groups])
+            assert [{id(tensor) in head for tensor in group["params"]} for group in self.param_groups] == [{False}, {True}]
+            assert [group["weight_decay"] for group in self.param_groups] == [0.1, 0.1]
     history = common.train(model, data, run, method | {
         "optimizer": Recorder, "after_step": lambda *now: heard.append(now)})
     wanted = [schedule(step, total, warm) for step in range(1, total + 1)]
@@ -447,7 +493,7 @@ def test_untied_missing_lm_head_is_refused(models, text_dir, tmp_path, capfd):
 
 @pytest.mark.parametrize("steps", [40, 2])
 def test_a_loss_that_is_not_finite_ends_the_run(models, reviews, tmp_path, monkeypatch, capfd, steps):
-    """Planted at step 2: one line with that step and its learning rate, status 1, no result and no checkpoint."""
+    """Planted at step 2: one line with that step and its learning rate, status 1, and no result."""
     backward, calls = common.backward, []
 
     def broken(*args):
@@ -459,6 +505,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(models, reviews, tmp_path, monke
     rate = 1e-3 * schedule(2, steps, steps / 2)
     assert status == 1 and "step 2," in error and f"{rate:.3g}" in error and "--lr" in error
     assert not [name for name in files(tmp_path) if name.endswith((".json", ".safetensors", ".tmp"))]
+
+
+def test_the_result_file_comes_last(models, reviews, tmp_path, monkeypatch):
+    """Whoever finds it may count on the adapter beside it."""
+    moved, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: (moved.append(to), replace(path, to))[1])
+    [path] = lora.main([*rows_flags(models, reviews), "--max_steps", 1, "--quality_only", "--out", tmp_path])
+    assert len(moved) == 3 and moved[-1] == path
+
+
+def test_long_runs_are_announced(capsys):
+    common.announce(59)
+    assert capsys.readouterr().out == ""
+    common.announce(600)
+    assert capsys.readouterr().out.startswith("about 10 more minutes")
 
 
 def test_a_learning_rate_far_too_high(models, reviews, tmp_path, capfd):
