@@ -1444,8 +1444,8 @@ def load_adapter(model, data, run, method):
         fail(f"--eval_only {folder}: no adapter that can be read ({first_line(error)}); wanted: adapter_model.safetensors "
              "and adapter_config.json")
     if str(start := config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        fail(f"--eval_only {folder}: it was made with init_lora_weights={start!r}, which changes the base itself; save it as "
-             "a plain LoRA (PEFT: path_initial_model_for_weight_conversion)")
+        fail(f"--eval_only {folder}: it started from {start!r}, which changes the base itself; convert it first (PEFT: "
+             "path_initial_model_for_weight_conversion)")
     flags = {"peft_type": "the script", "r": "--rank", "lora_alpha": "--alpha"}
     for key, flag in flags.items():
         if key in method.get("peft", {}) and config.get(key) != method["peft"][key]:

@@ -584,9 +584,9 @@ def page(g, plots):
             blocks += [f"### {head}", table(g, g["variants"], columns)]
     for c in g["costs"]:
         if c is not g["costs"][0] and c["left_out"] > c["runs"] / 2:
-            blocks += [f"Not shown: costs on {c['place']}, where {c['left_out']} of {c['runs']} runs are not quiet."]
+            blocks += [f"Not shown: costs on {c['place']}, where {c['left_out']} of {c['runs']} runs were not quiet."]
             continue
-        shared = f"{c['left_out']} of {c['runs']} runs left out: a shared machine, says the load average or --quality_only."
+        shared = f"{c['left_out']} of {c['runs']} runs left out: not quiet, by their load average or --quality_only."
         blocks += [f"### Cost: {c['place']}", shared * (c["left_out"] > 0), NOISY * (not c["variants"]), drift(c)[1]]
         for head, columns in c["_columns"].items() if c["variants"] else ():
             blocks += [f"**{head}**", table(g, c["variants"], columns)]

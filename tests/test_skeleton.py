@@ -103,7 +103,8 @@ def test_common_names_no_method():
     assert len(names) > 300 and "replace" in names and "adapter_config.json" in strings  # the search sees the code
     assert not [name for name in names if re.search("lora|hira|sparse|nf4|prune", name, re.I)]
     named = {string for string in strings if re.search(r"lora|hira|sparse|nf4|prune|contextual", string, re.I)}
-    assert {string for string in named if " " not in string} <= {"lora_alpha", "use_rslora"}  # PEFT's keys
+    assert {string for string in named if " " not in string} <= {
+        "lora_alpha", "use_rslora", "init_lora_weights", "olora", "lora_ga"}  # PEFT's keys, and values that it knows
     assert all("LoRA paper" in string for string in named if " " in string)
 
 
