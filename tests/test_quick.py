@@ -15,6 +15,12 @@ import lora
 import sparse_lora
 
 
+def test_the_layer_drops_while_it_trains_and_never_else():
+    layer, x = common.Dropout(0.25), torch.ones(999)
+    assert set(layer.train()(x).tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert torch.equal(layer.eval()(x), x) and torch.equal(common.Dropout(0.0).train()(x), x)
+
+
 def test_kept_entries_have_the_share_the_scale_and_no_pattern():
     torch.manual_seed(0)
     x = torch.empty(2000, 1001)
