@@ -252,7 +252,7 @@ def settings(run):
 
 
 def runs(args):
-    """Yield a Namespace per seed that has no finished result yet, with `seed`, `settings`, `path`, `seconds` set.
+    """Yield a Namespace per seed that has no finished result yet; it also has seed, settings, path, seconds, load_average.
 
     A result with the same settings is skipped, one with other settings is an error that names the difference.
     """

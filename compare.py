@@ -38,7 +38,7 @@ SAME = {"data set": "dataset", "metric": "metric", "train rows": "split.train", 
         "accumulation": "args.grad_accum", "evaluation batch": "args.eval_batch_size", "base model": "model_sha256",
         "split": "split.sha256", "processes": "environment.processes",
         **{library: f"environment.{library}" for library in ("torch", "transformers", "datasets", "bitsandbytes")}}
-PLACE = ("environment.device", "environment.threads", "environment.precision")  # must agree too for costs
+PLACE = ("environment.device", "environment.threads", "environment.precision", "args.checkpointing")  # costs: these, too
 REQUIRED = ("method", "name", "dataset", "model", "model_sha256", "seed", "args.lr", "args.head_lr", "split.sha256",
             "split.train", "split.dev", "split.eval", "split.eval_split", "split.scored", "metrics.loss",
             "parameters.trainable", "time.train_seconds", *PLACE)
@@ -193,8 +193,7 @@ def read(path):
     run["data"], run["base"] = (Path(run[key]).name for key in ("dataset", "model"))
     run["dev"] = split["scored"] == "dev"
     run["lr"] = args["head_lr"] if method == "head_only" else args["lr"]  # what a search varies
-    run["same"], place = (tuple(value(run, p) for p in where) for where in (SAME.values(), PLACE))
-    run["place"] = *place, bool(args.get("checkpointing"))
+    run["same"], run["place"] = (tuple(value(run, p) for p in where) for where in (SAME.values(), PLACE))
     run["id"] = run["same"], name, run["seed"], run["dev"] and (run["lr"], args["head_lr"])
     hash((run["id"], run["place"]))
     if memory.get("train_peak") and memory.get("before_training"):  # macOS tells neither
@@ -344,7 +343,6 @@ def cautions(variants, search):
     """Sentences on what makes a group's comparison less fair than it looks."""
     tested = {name: runs for name, runs in variants.items() if name == runs[0]["method"] in TESTED}
     every = {run["seed"] for runs in tested.values() for run in runs}
-    lists = {name: list(s["scores"]) for name, s in search.items() if s["adapter"]}
     rates = {name: sorted({run["lr"] for run in runs}) for name, runs in variants.items()}
     found = {f"`--{flag}` differs": {name: sorted({str(run["args"][flag]) for run in runs if flag in run["args"]})
                                      for name, runs in tested.items()}
@@ -352,10 +350,10 @@ def cautions(variants, search):
     found["Costs are of different CPUs"] = {
         name: sorted({cpu for run in runs if run["quiet"] and (cpu := run["environment"].get("cpu"))})
         for name, runs in tested.items() if runs[0]["place"][0].startswith("cpu")}
+    found["The methods had different learning rates to choose from"] = {
+        name: [", ".join(map(str, s["scores"]))] for name, s in search.items() if s["adapter"]}
     found = {words: what for words, what in found.items()  # a method without the flag has nothing to differ in
              if len(set(map(tuple, filter(None, what.values())))) > 1 or any(len(x) > 1 for x in what.values())}
-    if len(set(map(tuple, lists.values()))) > 1:
-        found["The methods had different learning rates to choose from"] = lists
     found |= {
         "Learning rate not the search's choice, or not one": {
             n: x for n, x in rates.items() if x != [search[n]["chosen"] if n in search else x[0]]},

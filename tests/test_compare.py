@@ -36,7 +36,7 @@ def result(name="lora", seed=0, *, method=None, dataset="sst2", score=0.85, lm=F
         "args": {"lr": lr, "head_lr": 1e-3, "rank": 8, "targets": ["query", "value"], "epochs": 1, "max_steps": None,
                  "batch_size": 32, "grad_accum": 1, "eval_batch_size": 64, "weight_decay": 0.0, "warmup": 0.06,
                  "max_length": 128, "train_samples": 8000, "eval_samples": None, "split": "dev" if dev else "test",
-                 "precision": "fp32"},
+                 "precision": "fp32", "checkpointing": False},
         "split": {"train": 8000, "dev": items, "eval": items, "eval_split": "validation",
                   "scored": "dev" if dev else "eval", "subset": subset, "sha256": "b2" * 32},
         "metrics": scores | {"merged": dict(scores)},

@@ -127,8 +127,8 @@ def test_a_file_of_flags_that_cannot_be_read(good, tmp_path, capfd, content):
 
 def test_a_rank_that_no_machine_can_hold(good, capfd):
     """Larger than both sides of every layer: nothing is low about it."""
-    for rank in (10**13, 2 * 10**9, 65):
-        refused(capfd, lora, [*good, "--rank", rank], ["--rank", *["65", "64"][:2 * (rank == 65)]])
+    for rank, named in ((10**13, "whole number"), (2 * 10**9, "wider than 64"), (65, "wider than 64")):
+        refused(capfd, lora, [*good, "--rank", rank], ["--rank", str(rank), named])
 
 
 def test_nothing_to_train(models, text_dir, tmp_path, capfd):
