@@ -1,26 +1,28 @@
-"""Sparse LoRA, in the two senses of the word: a pruned adapter, or sparse computation while training.
+"""Sparse LoRA, in the two senses of the word: a pruned adapter, or sparse computation in training.
 
     y = W0·x + b + (α/r)·B·A·x        A: (r, in)   B: (out, r)   W0, b frozen
 
-    python sparse_lora.py --dataset sst2                      # prune: half of A and of B become zero
-    python sparse_lora.py --dataset sst2 --structure rank     # prune: half of all components (bᵢ, aᵢ), one budget
-    python sparse_lora.py --dataset imdb --mode contextual    # the paper
+    python sparse_lora.py --dataset sst2                    # prune: half of A and B become zero
+    python sparse_lora.py --dataset sst2 --structure rank   # prune: half of all components (bᵢ, aᵢ)
+    python sparse_lora.py --dataset imdb --mode contextual  # the paper
 
---mode prune: A and B become sparse while they train, by magnitude on a cubic schedule (Zhu & Gupta 2017,
-arXiv 1710.01878), by an L1 penalty, or by whole components. This is not from the paper below.
+--mode prune: A and B become sparse while they train, by magnitude on a cubic schedule (Zhu & Gupta
+2017, arXiv 1710.01878), by an L1 penalty, or by whole components. Not from the paper below.
 
---mode contextual: Khaki et al. 2025, "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sparsity",
-arXiv 2506.16500. In each training forward pass the frozen feed-forward layers compute only the channels that matter for
-the rows in it, forward and backward; the LoRA branch stays dense, and so do the first steps, evaluation and merging. On a
-CPU a batch goes through in parts (parts in common.py), and each part picks channels of its own.
+--mode contextual: Khaki et al. 2025, "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual
+Sparsity", arXiv 2506.16500. In each training forward pass the frozen feed-forward layers compute
+only the channels that matter for the rows in it, forward and backward; the LoRA branch stays dense,
+and so do the first steps, evaluation and merging. On a CPU a batch goes through in parts
+(micro_batches in common.py), and each part picks channels of its own.
 
-Where contextual departs from the paper, which treats decoders of 7B parameters and more: everything about encoders is our
-extrapolation. CLS, or the masked tokens that are scored, stay dense, as the paper keeps a decoder's output tokens. The
-paper predicts which channels matter with a rank-8 SVD of the frozen weight (--estimator svd); on a small encoder that
-picks little better than chance, so by default the score is exact, on 64 to 127 of its rows (--estimator sample).
-Attention projections stay dense: slicing them makes their products 1.6 to 2.5 times as fast where the feed-forward ones gain
-9 times (slicing_gain in tests/bench_peers.py, two CPU cores), 4 to 6 % of all linear layers' time in a six-layer model.
-Which layers are sliced follows the paper's GLUE map, whose --sparsity is 0.95; --dense_layers moves where it begins.
+Departures from the paper, which treats decoders of 7B weights and more: all about encoders is our
+extrapolation. CLS, or the masked tokens that are scored, stay dense, as the paper keeps a decoder's
+output tokens. The paper predicts which channels matter with a rank-8 SVD of the frozen weight
+(--estimator svd); on a small encoder that picks little better than chance, so by default the score
+is exact, on 64 to 127 of the rows (--estimator sample). Attention projections stay dense: slicing
+them gains little. In an encoder's last block only the dense rows are read, so it is left unsliced.
+Which layers are sliced follows the paper's GLUE map, whose --channel_sparsity is 0.95;
+--dense_layers moves where it begins.
 """
 
 import math
@@ -30,76 +32,110 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (
-    adapter_args, evaluate, fail, load_adapter, load_base, load_data, measure, natural, non_negative, parse_args, positive,
-    replace, runs, save_result, share, train, weight_of,
-)
+from common import evaluate, load_base, load_data, measure, replace, train
+from harness.flags import adapter_args, natural, non_negative, parse_args, positive, runs, share
+from harness.models import find_targets, weight_of
+from harness.process import fail
+from harness.store import load_adapter, save_result
 
+GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 FFN = {  # the layers into and out of a block's wide middle; a gated one has two ways in
-    "distilbert": ("ffn.lin1", "ffn.lin2"), "bert": ("intermediate.dense", "output.dense"),
-    "roberta": ("intermediate.dense", "output.dense"), "llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    "mistral": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"), "qwen2": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "distilbert": ("ffn.lin1", "ffn.lin2"),
+    **dict.fromkeys(("bert", "roberta"), ("intermediate.dense", "output.dense")),
+    **dict.fromkeys(("llama", "mistral", "qwen2"), GATED),
 }
 
 
 def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
-    parser.add_argument("--alpha", type=positive, help="the update is scaled by alpha/rank (default: 2·rank, so by 2)")
-    parser.add_argument("--dropout", type=share, default=0.0,
-                        help="dropout on the adapter's input; 0 because the base already has dropout of its own")
-    parser.add_argument("--mode", choices=["prune", "contextual"], default="prune",
-                        help="prune: a sparse adapter; contextual: sparse computation, the cited paper")
-    parser.add_argument("--sparsity", type=share,
-                        help="prune: share of A and of B (or of the components) that ends as zero (default: 0.5); "
-                             "contextual: share of the feed-forward channels left out in the deep layers (default: 0.9)")
-    parser.add_argument("--penalty", type=non_negative, default=0.0,
-                        help="prune: L1 penalty, relative to Adam's step; 0.03 to 1 are useful, 0 is off")
-    parser.add_argument("--structure", choices=["none", "rank"], default="none",
-                        help="prune: none removes single numbers; rank removes whole components, so that each layer keeps a "
-                             "rank of its own and the adapter shrinks")
-    parser.add_argument("--dense_layers", type=natural,
-                        help="contextual: how many of the first layers stay dense (default: half of them)")
-    parser.add_argument("--dense_tokens", choices=["scored", "none"], default="scored",
-                        help="contextual: tokens that stay dense: those that the loss reads (gated decoders: none), or none")
-    parser.add_argument("--estimator", choices=["sample", "svd"], default="sample",
-                        help="contextual: score channels exactly on 64 to 127 rows, or on all by the paper's rank-8 SVD")
+    add = parser.add_argument
+    add("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
+    add("--dropout", type=share, default=0.0, help="on the adapter's input")
+    add(
+        "--mode",
+        choices=["prune", "contextual"],
+        default="prune",
+        help="prune: a sparse adapter; contextual: sparse computation, the cited paper",
+    )
+    add("--sparsity", type=share, default=0.5, help="prune: share of A and B that ends as zero")
+    add(
+        "--penalty",
+        type=non_negative,
+        default=0.0,
+        help="prune: L1 penalty, relative to Adam's step; 0.03 to 1 are useful",
+    )
+    add(
+        "--structure",
+        choices=["none", "rank"],
+        default="none",
+        help="prune: none removes single numbers, rank whole components of A and B",
+    )
+    add(
+        "--channel_sparsity",
+        type=share,
+        default=0.9,
+        help="contextual: share of the feed-forward channels left out in the deep layers",
+    )
+    add("--dense_layers", type=natural, help="contextual: so many stay dense (default: half)")
+    add(
+        "--dense_tokens",
+        choices=["scored", "none"],
+        default="scored",
+        help="contextual: tokens that stay dense: those that the loss reads (gated: none), or none",
+    )
+    add(
+        "--estimator",
+        choices=["sample", "svd"],
+        default="sample",
+        help="contextual: score channels exactly on 64 to 127 rows, or on all by a rank-8 SVD",
+    )
 
 
-# ------------------------------------------------------------------------------------------------ the maths
+# -------------------------------------------------------------------------------------- the maths
 
 
 def lora_update(x, A, B, scale):
-    """The low-rank update scale·B·A·x, through the r-wide middle: x (..., in), A (r, in), B (out, r) -> (..., out)."""
+    """scale·B·A·x, through the r-wide middle: x (..., in), A (r, in), B (out, r) -> (..., out)."""
     return F.linear(F.linear(x, A) * scale, B)  # scaled where the tensor is narrowest
 
 
 def sparsity_at(step, total, final):
-    """The cubic schedule: 0 until a tenth of the steps, `final` from 70 % on, steep at first (Zhu & Gupta, equation 1)."""
+    """The cubic schedule (Zhu & Gupta, equation 1).
+
+    0 until a tenth of the steps, `final` from 70 % on, steep at first.
+    """
     begin, end = 0.1 * total, 0.7 * total
     done = min(max((step - begin) / (end - begin), 0.0), 1.0)
     return final * (1 - (1 - done) ** 3)
 
 
 def shrink(tensor, amount):
-    """The proximal step of an L1 penalty: everything moves `amount` towards zero, and what would cross it becomes zero."""
+    """The proximal step of an L1 penalty: all moves `amount` towards zero and stops there."""
     return tensor.sign() * (tensor.abs() - amount).clamp(min=0)
 
 
 def largest(values, keep):
-    """A bool mask of the `keep` largest entries, exactly that many; ties go to the earlier entry."""
+    """A bool mask of the `keep` largest entries, exactly that many; ties go to the earlier one."""
     order = values.flatten().argsort(descending=True, stable=True)
-    return torch.zeros_like(order, dtype=torch.bool).index_fill_(0, order[:keep], True).view(values.shape)
+    return (
+        torch.zeros_like(order, dtype=torch.bool)
+        .index_fill_(0, order[:keep], True)
+        .view(values.shape)
+    )
 
 
 def keep_components(norms, keep):
-    """Which components stay, under one budget: norms (layers, r) -> bool (layers, r) with `keep` True, one a layer at least."""
+    """Which components stay under one budget: norms (layers, r) -> bool (layers, r).
+
+    `keep` are True, one a layer at least.
+    """
     best = F.one_hot(norms.argmax(1), norms.shape[1]).bool()
     return largest(norms.masked_fill(best, math.inf), max(keep, len(norms)))
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer `base` with a trained update beside it (the LoRA paper, equation 3)."""
+    """A frozen linear layer `base` with a trained update beside it (equation 3)."""
 
     keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # parameter -> its name in PEFT's file
 
@@ -117,19 +153,19 @@ class LoRALinear(nn.Module):
         return self.base(x) + lora_update(self.dropout(x), self.A, self.B, self.scale)
 
     def merged_weight(self):
-        """W0 + (α/r)·B·A in fp32, (out, in): the one matrix that does the work of both at inference."""
+        """W0 + (α/r)·B·A in fp32, (out, in): one matrix that does the work of both."""
         return weight_of(self.base).float() + self.scale * self.B @ self.A
 
 
-# ------------------------------------------------------------------------------------------------ mode prune
+# ------------------------------------------------------------------------------------- mode prune
 
 
 @torch.no_grad()
 def prune_step(layers, step, total, lr, run):
-    """After an optimizer step: shrink by the penalty, renew the masks while the schedule climbs, apply them.
+    """After an optimizer step: shrink, renew the masks while the schedule climbs, apply them.
 
-    Masked entries stay masked: each mask is drawn among what the last one left. At the last step components that are zero
-    are cut out, if whole components were pruned.
+    Masked entries stay masked: each mask is drawn among what the last one left. At the last step
+    components that are zero are cut out, if whole components were pruned.
     """
     now = sparsity_at(step, total, run.sparsity)
     climbing = step > 0 and now > sparsity_at(step - 1, total, run.sparsity)
@@ -140,11 +176,12 @@ def prune_step(layers, step, total, lr, run):
             if now > 0:
                 tensor.mul_(mask)  # Adam's momentum moves masked entries, too
             if climbing and run.structure == "none":
-                mask.copy_(largest(tensor.abs().masked_fill(~mask, -1), tensor.numel() - round(now * tensor.numel())))
+                keep = tensor.numel() - round(now * tensor.numel())
+                mask.copy_(largest(tensor.abs().masked_fill(~mask, -1), keep))
                 tensor.mul_(mask)
     if climbing and run.structure == "rank":
-        norms = torch.stack([(layer.B.norm(dim=0) * layer.A.norm(dim=1)).masked_fill(~layer.mask_A[:, 0], -1)
-                             for layer in layers])
+        norms = torch.stack([layer.B.norm(dim=0) * layer.A.norm(dim=1) for layer in layers])
+        norms.masked_fill_(~torch.stack([layer.mask_A[:, 0] for layer in layers]), -1)
         keep = keep_components(norms, norms.numel() - round(now * norms.numel()))
         for layer, kept in zip(layers, keep, strict=True):
             layer.mask_A.copy_(kept[:, None].expand_as(layer.A))
@@ -154,19 +191,22 @@ def prune_step(layers, step, total, lr, run):
     if step == total and run.structure == "rank":
         for layer in layers:
             kept = layer.mask_A[:, 0]
-            layer.A, layer.B = nn.Parameter(layer.A[kept].clone()), nn.Parameter(layer.B[:, kept].clone())
+            layer.A = nn.Parameter(layer.A[kept].clone())
+            layer.B = nn.Parameter(layer.B[:, kept].clone())
 
 
 def zeros(tensors):
     """The share of exact zeros in all the tensors together."""
-    return sum((tensor == 0).sum().item() for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
+    return sum((tensor == 0).sum().item() for tensor in tensors) / sum(
+        tensor.numel() for tensor in tensors
+    )
 
 
-# ------------------------------------------------------------------------------------------------ mode contextual
+# -------------------------------------------------------------------------------- mode contextual
 
 
 class Channels:
-    """What the layers of one feed-forward block share: the switch, and the channels picked for the forward pass at hand."""
+    """What the layers of one block share: the switch, and the channels picked for this pass."""
 
     def __init__(self, keep, switch, rows, score):
         self.keep, self.switch, self.rows, self.score = keep, switch, rows, score
@@ -175,14 +215,15 @@ class Channels:
 def sampled_scores(x, weights, biases, act):
     """‖z_j‖ of every channel j over the rows of x (T, in): (hidden,). Exact on those rows.
 
-    z = act(x·W1ᵀ + b1), or act(gate)·up where the block is gated (section 3.1 scores channels by this norm, over all rows).
+    z = act(x·W1ᵀ + b1), or act(gate)·up where the block is gated (section 3.1 scores channels by
+    this norm, over all rows).
     """
     z = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     return (act(z[0]) if len(z) == 1 else act(z[0]) * z[1]).norm(dim=0)
 
 
 def svd_estimate(weight, k=8):
-    """The paper's estimator (algorithm 1): (P (in, k), R (k, out)) with x·Wᵀ ≈ (x·P)·R, the best of rank k.
+    """The paper's estimator (algorithm 1): P (in, k), R (k, out) with x·Wᵀ ≈ (x·P)·R of rank k.
 
     P holds W's top right singular vectors, the top eigenvectors of WᵀW; R = (W·P)ᵀ.
     """
@@ -198,10 +239,11 @@ def estimated_scores(x, factors, biases, act):
 
 
 class WayIn(nn.Module):
-    """The layer into a block's wide middle: computes the picked channels only, and all of them for the dense rows.
+    """The layer into a block's wide middle: computes the picked channels, all for the dense rows.
 
-    While sparse it returns one flat vector, the rows' picked channels and then the dense rows' full ones: the activation
-    between here and the way out works entry by entry and does not mind. Unpicked channels are left out, not rescaled.
+    While sparse it returns one flat vector, the rows' picked channels and then the dense rows' full
+    ones: the activation between here and the way out works entry by entry and does not mind.
+    Unpicked channels are left out, not rescaled.
     """
 
     def __init__(self, base, channels, first):
@@ -219,14 +261,15 @@ class WayIn(nn.Module):
                 scores = c.score(x.flatten(0, -2)[rows].to(weight.dtype))
             c.picked = scores.topk(c.keep).indices.sort().values  # constants for the backward pass
         x = x.flatten(0, -2)
-        narrow = F.linear(x, weight[c.picked], None if bias is None else bias[c.picked])  # (B·L, keep)
+        picked_bias = None if bias is None else bias[c.picked]
+        narrow = F.linear(x, weight[c.picked], picked_bias)  # (B·L, keep)
         if c.dense is None:
             return narrow.flatten()
         return torch.cat([narrow.flatten(), F.linear(x[c.dense], weight, bias).flatten()])
 
 
 class WayOut(nn.Module):
-    """The layer out of the wide middle: reads the picked channels, and all of them for the dense rows."""
+    """The layer out of the wide middle: reads the picked channels, all for the dense rows."""
 
     def __init__(self, base, channels):
         super().__init__()
@@ -237,93 +280,114 @@ class WayOut(nn.Module):
         if not (self.training and c.switch["on"]):
             return self.base(z)
         rows = c.shape[:-1].numel()
-        y = F.linear(z[:rows * c.keep].view(rows, c.keep), weight[:, c.picked], bias)  # (B·L, out)
+        y = F.linear(z[: rows * c.keep].view(rows, c.keep), weight[:, c.picked], bias)  # (B·L, out)
         if c.dense is not None:
-            full = z[rows * c.keep:].view(len(c.dense), weight.shape[1])
+            full = z[rows * c.keep :].view(len(c.dense), weight.shape[1])
             y = y.index_copy(0, c.dense, F.linear(full, weight, bias).to(y.dtype))
         return y.view(*c.shape[:-1], -1)
 
 
-def layer_sparsity(layer, layers, sparsity, dense=None):
-    """The paper's GLUE map, by depth: the first `dense` layers (half of them) dense, then `sparsity`, the last half of it."""
-    dense = layers // 2 if dense is None else dense
+def layer_sparsity(layer, layers, sparsity, dense):
+    """The paper's GLUE map by depth: the first `dense` dense, the last half as sparse."""
     return 0.0 if layer < dense else sparsity / 2 if layer == layers - 1 else sparsity
 
 
-def slice_blocks(model, run, sparsity, switch):
-    """Wrap the feed-forward layers of the deep half of the blocks, in place; returns channels kept per block, by name."""
+def slice_blocks(base, run, switch):
+    """Wrap the feed-forward layers of the deep half of the blocks, in place.
+
+    switch["on"] says whether the step at hand is sparse. Returns channels kept per block, by name.
+    """
     from transformers.activations import ACT2FN
-    kind = model.config.model_type
-    if kind not in FFN:
-        fail(f"--mode contextual: does not know the feed-forward layers of {kind}; it knows {', '.join(FFN)}")
-    act = ACT2FN[getattr(model.config, "hidden_act", None) or model.config.activation]
-    *ways_in, way_out = FFN[kind]
-    names = [name for name, _ in model.named_modules() if re.search(rf"\.\d+\.{re.escape(ways_in[0])}$", name)]
+
+    model, config = base.model, base.model.config
+    if config.model_type not in FFN:
+        known = ", ".join(FFN)
+        fail(f"--mode contextual: no feed-forward layers known of {config.model_type}, but {known}")
+    act = ACT2FN[getattr(config, "hidden_act", None) or config.activation]
+    *ways_in, way_out = FFN[config.model_type]
+    pattern = rf"\.\d+\.{re.escape(ways_in[0])}$"
+    names = [name for name, _ in model.named_modules() if re.search(pattern, name)]
     blocks = [name.removesuffix(ways_in[0]) for name in names]
-    # A causal LM's loss reads every row, so gated decoders keep none dense.
-    scored = run.dense_tokens == "scored" and len(ways_in) == 1
-    seen = {}
+    encoder = (
+        len(ways_in) == 1
+    )  # a causal LM's loss reads every row: gated decoders keep none dense
+    dense = run.dense_tokens == "scored" and encoder
+    first = len(blocks) // 2 if run.dense_layers is None else run.dense_layers
+    if first >= len(blocks):
+        fail(f"--dense_layers {first}: the model has {len(blocks)} layers, so none would be sliced")
 
     def rows():
-        """Numbers of the rows to score channels on, and of those to keep dense; once per forward pass."""
-        if seen.get("rows") is not model.rows:
-            attended, dense = (flags.flatten().nonzero()[:, 0] for flags in model.rows)
-            step = max(1, len(attended) // 64) if run.estimator == "sample" else 1
-            seen.update(rows=model.rows, numbers=(attended[::step], dense if scored else None))
-        return seen["numbers"]
-    if run.dense_layers is not None and run.dense_layers >= len(blocks):
-        fail(f"--dense_layers {run.dense_layers}: the model has {len(blocks)} layers, so none would be sliced")
+        """Positions of the rows to score channels on, and of those to keep dense."""
+        real = base.batch.real
+        step = max(1, len(real) // 64) if run.estimator == "sample" else 1
+        return real[::step], base.batch.read if dense else None
+
     kept = {}
     for i, block in enumerate(blocks):
         layers = [model.get_submodule(block + name) for name in (*ways_in, way_out)]
         for name, layer in zip((*ways_in, way_out), layers, strict=True):
             if not isinstance(layer, nn.Linear):
-                fail(f"--targets: {name} cannot be adapted, --mode contextual slices it; name attention layers only")
-        left_out = layer_sparsity(i, len(blocks), sparsity, run.dense_layers)
-        if left_out == 0:
+                fail(f"--targets: {name} is sliced by --mode contextual; name attention layers")
+        left_out = layer_sparsity(i, len(blocks), run.channel_sparsity, first)
+        if left_out == 0 or dense and i == len(blocks) - 1:
             continue
-        channels = Channels(max(1, int(layers[0].out_features * (1 - left_out))), switch, rows,
-                            scorer(layers[:-1], act, run.estimator, run.device))
-        for j, name in enumerate(ways_in):
-            model.set_submodule(block + name, WayIn(layers[j], channels, first=j == 0))
+        keep = max(1, round(layers[0].out_features * (1 - left_out)))
+        channels = Channels(keep, switch, rows, scorer(layers[:-1], act, run))
+        for name, layer in zip(ways_in, layers, strict=False):
+            model.set_submodule(block + name, WayIn(layer, channels, first=layer is layers[0]))
         model.set_submodule(block + way_out, WayOut(layers[-1], channels))
-        kept[block.rstrip(".")] = channels.keep
+        kept[block.rstrip(".")] = keep
     return kept
 
 
-def scorer(layers, act, estimator, device):
-    """The function x (T, in) -> scores (hidden,) for one block's layers into the wide middle."""
-    if estimator == "sample":
-        return lambda x: sampled_scores(x, [layer.weight for layer in layers], [layer.bias for layer in layers], act)
-    factors = [[part.to(device) for part in svd_estimate(layer.weight.float())] for layer in layers]
-    return lambda x: estimated_scores(x.float(), factors, [layer.bias for layer in layers], act)
+def scorer(layers, act, run):
+    """The function x (T, in) -> scores (hidden,) for a block's layers into the wide middle."""
+    biases = [layer.bias for layer in layers]
+    if run.estimator == "sample":
+        return lambda x: sampled_scores(x, [layer.weight for layer in layers], biases, act)
+    pairs = [svd_estimate(layer.weight.float()) for layer in layers]
+    factors = [[part.to(run.device) for part in pair] for pair in pairs]
+    return lambda x: estimated_scores(x.float(), factors, biases, act)
 
 
-# ------------------------------------------------------------------------------------------------ the method
+# ------------------------------------------------------------------------------------- the method
 
 
-def adapt(model, run):
-    """Put a LoRA beside every target layer of `model`, in place; returns what common.py needs to know of it."""
-    for flag, mode, unset in (("structure", "prune", "none"), ("penalty", "prune", 0.0), ("dense_layers", "contextual", None),
-                              ("dense_tokens", "contextual", "scored"), ("estimator", "contextual", "sample")):
-        if run.mode != mode and (value := getattr(run, flag)) != unset:
-            fail(f"--{flag} {value}: only with --mode {mode}, this is --mode {run.mode}")
-    alpha = run.alpha or 2 * run.rank
-    names = replace(model, run.targets, lambda layer: LoRALinear(layer, run.rank, alpha, run.dropout))
-    layers = [model.get_submodule(name) for name in names]
-    peft = {"peft_type": "LORA", "r": run.rank, "lora_alpha": alpha, "lora_dropout": run.dropout}
+def adapt(base, run):
+    """Adapt every target layer of base.model, in place; returns what the experiment must know."""
+    of_mode = {
+        "prune": {"sparsity": 0.5, "structure": "none", "penalty": 0.0},
+        "contextual": {
+            "channel_sparsity": 0.9,
+            "dense_layers": None,
+            "dense_tokens": "scored",
+            "estimator": "sample",
+        },
+    }
+    for mode, flags in of_mode.items():
+        for flag, default in flags.items():
+            if mode != run.mode and getattr(run, flag) != default:
+                fail(f"--{flag} {getattr(run, flag)}: only with --mode {mode}, not {run.mode}")
+    targets = find_targets(base.model, run.targets)
+
+    def adapted(layer):
+        return LoRALinear(layer, run.rank, run.alpha, run.dropout)
+
+    names = replace(base.model, targets, adapted)
+    layers = [base.model.get_submodule(name) for name in names]
+    peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
+    peft |= {"lora_alpha": run.alpha, "lora_dropout": run.dropout}
+    method = {"peft": peft, "settings": {"targets": targets}}
 
     if run.mode == "contextual":
         switch = {"on": False}
-        sparsity = 0.9 if run.sparsity is None else run.sparsity
-        kept = slice_blocks(model, run, sparsity, switch)
+        kept = slice_blocks(base, run, switch)
 
-        def after_step(step, total, lr):
+        def switch_on(step, total, lr):
             switch["on"] = step >= 0.05 * total  # the first steps are dense (section 3.3)
-        return {"peft": peft, "after_step": after_step,
-                "info": lambda: {"channels_kept": kept, "sparsity_of_channels": sparsity, "dense_steps": 0.05}}
 
-    run.sparsity = 0.5 if run.sparsity is None else run.sparsity
+        return {**method, "after_step": switch_on, "info": lambda: {"channels_kept": kept}}
+
     for layer in layers:
         layer.register_buffer("mask_A", torch.ones_like(layer.A, dtype=torch.bool))
         layer.register_buffer("mask_B", torch.ones_like(layer.B, dtype=torch.bool))
@@ -332,32 +396,34 @@ def adapt(model, run):
         prune_step(layers, step, total, lr, run)
         if step == total and run.structure == "rank":
             ranks = {name: len(layer.A) for name, layer in zip(names, layers, strict=True)}
-            peft["rank_pattern"] = ranks
-            peft["alpha_pattern"] = {name: alpha * rank / run.rank for name, rank in ranks.items()}  # keeps the scale α/r
+            alphas = {name: run.alpha * rank / run.rank for name, rank in ranks.items()}
+            peft["rank_pattern"], peft["alpha_pattern"] = ranks, alphas  # keeps the scale α/r
 
     def info():
         A, B = [layer.A for layer in layers], [layer.B for layer in layers]
-        shares = {"A": zeros(A), "B": zeros(B), "BA": zeros([b @ a for a, b in zip(A, B, strict=True)])}
-        return {"sparsity": shares, "ranks": {name: len(layer.A) for name, layer in zip(names, layers, strict=True)}}
-    return {"peft": peft, "after_step": after_step, "info": info}
+        updates = [b @ a for a, b in zip(A, B, strict=True)]
+        ranks = {name: len(a) for name, a in zip(names, A, strict=True)}
+        return {"sparsity": {"A": zeros(A), "B": zeros(B), "BA": zeros(updates)}, "ranks": ranks}
+
+    return {**method, "after_step": after_step, "info": info}
 
 
 def main(argv=None):
-    """Adapt, train, score and measure the model once per seed; returns the paths of the result files."""
-    args = parse_args(__doc__, __file__, add_args, argv)
-    data, paths = None, []
+    """Adapt, train, score and measure once per seed and rate; returns the result files' paths."""
+    args, paths = parse_args(__doc__, __file__, add_args, argv), []
     for run in runs(args):
-        data = data or load_data(run)
-        model = load_base(run, data)
-        method = adapt(model, run)
+        data = load_data(run)
+        base = load_base(run, data)
+        method = adapt(base, run)
         if run.eval_only:
-            load_adapter(model, data, run, method)
-            evaluate(model, data, run)
+            load_adapter(run, base, method)
+            evaluate(base, data, run)
             continue
-        history = train(model, data, run, method)
-        metrics = evaluate(model, data, run)
-        costs = measure(model, data, run, history)
-        paths.append(save_result(model, data, run, method, history, metrics, costs))
+        history = train(base, data, run, method)
+        scores = evaluate(base, data, run)
+        save_result(base, data, run, method, history, scores)  # nothing that follows can lose it
+        costs = measure(base, data, run, method, history)
+        paths.append(save_result(base, data, run, method, history, scores, costs))
     return paths
 
 

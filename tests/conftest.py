@@ -1,9 +1,11 @@
-"""What the tests share: tiny models of each architecture made on the spot, tiny data folders, no network.
+"""What the tests share: tiny models of each architecture, tiny data folders, no network.
 
-With CI set, a missing oracle package (peft, bitsandbytes) fails the tests that need it; otherwise they are skipped.
+With CI set, a missing oracle package (peft, bitsandbytes) fails the tests that need it; otherwise
+they are skipped.
 """
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -15,13 +17,87 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
+import common
+import hira
+import lora
+import qlora
+import sparse_lora
+from harness import models as library
 
 torch.set_num_threads(1)  # the models are tiny, and two busy threads wait for each other
 
-WORDS = ("the a film movie story plot acting scene is was not never good bad great awful dull fine bright weak strong and but "
-         "with of in to it this that very so too no yes one two cat dog sat mat").split()
-BLOCKS = {"distilbert": ["q_lin", "v_lin"], "bert": ["query", "value"], "roberta": ["query", "value"], "gpt2": ["c_attn"],
-          "llama": ["q_proj", "v_proj"], "qwen2": ["q_proj", "v_proj"]}
+WORDS = (
+    "the a film movie story plot acting scene is was not never good bad great awful dull fine "
+    "bright weak strong and but with of in to it this that very so too no yes one two cat dog sat "
+    "mat"
+).split()
+EVERY = {  # each way of training: its script and flags
+    "head only": (common, []),
+    "full": (common, ["--full", "--lr", 1e-4]),
+    "lora": (lora, []),
+    "hira": (hira, []),
+    "qlora": (qlora, ["--nf4_backend", "torch"]),
+    "prune": (sparse_lora, []),
+    "contextual": (sparse_lora, ["--mode", "contextual", "--dense_layers", 0]),
+}
+
+
+def ready(module, out, *words):
+    """What main makes of a command line before it trains: (run, data, base, method)."""
+    words = ["--out", out, *words]
+    args = module.parse_args(module.__doc__, module.__file__, module.add_args, words)
+    run = next(module.runs(args))
+    data = module.load_data(run)
+    base = module.load_base(run, data)
+    return run, data, base, module.adapt(base, run)
+
+
+def trained(module, out, *words):
+    """A run up to the end of training: (run, data, base, method, history)."""
+    run, data, base, method = ready(module, out, *words)
+    return run, data, base, method, module.train(base, data, run, method)
+
+
+def result_of(module, out, *words):
+    """Run main for one seed and rate without timing: the result file as a dict, and its path."""
+    [path] = module.main(["--out", out, "--no_timing", *words])
+    return json.loads(path.read_text()), path
+
+
+def rows_flags(models, reviews, kind="distilbert", head=""):
+    return ["--dataset", reviews, "--model", models(kind, head), "--max_length", 24]
+
+
+def text_flags(models, text_dir, kind="distilbert", head="MaskedLM"):
+    folder = models(kind, head)
+    flags = ["--dataset", "wikitext2", "--data_dir", text_dir, "--model", folder]
+    return [*flags, "--max_length", 16]
+
+
+def stir(base):
+    """Move B away from zero, where A has no gradient."""
+    torch.manual_seed(5)
+    for module in library.adapters(base.model).values():
+        if "B" in module.keys:  # an NF4 layer has nothing of the kind
+            module.B.data.normal_(0, 0.2)
+
+
+def weights(path):
+    """The adapter that lies beside a result file: {name: (shape, the tensor's bytes)}."""
+    tensors = load_file(path.with_suffix("") / "adapter_model.safetensors")
+    return {name: (tensor.shape, tensor.numpy().tobytes()) for name, tensor in tensors.items()}
+
+
+def ended(capfd, module, *words):
+    """The exit status of a main that must end the program, and its one line on stderr."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        module.main(list(words))
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("\n"), error
+    return stop.value.code, error
 
 
 def oracle(name):
@@ -35,50 +111,98 @@ def oracle(name):
 
 
 def tiny_config(kind, **changes):
-    """A config of `kind` with two layers of width 32, vocabulary of the tiny tokenizer, and no dropout."""
+    """A config of `kind`: two layers of width 32, the tiny tokenizer's vocabulary, no dropout."""
     from transformers import AutoConfig
+
     size = len(WORDS) + 5
-    encoder = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-               "intermediate_size": 64, "max_position_embeddings": 66, "pad_token_id": 0,
-               "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    decoder = {"vocab_size": size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-               "num_key_value_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0,
-               "bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": True}
+    encoder = {
+        "vocab_size": size,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 66,
+        "pad_token_id": 0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    decoder = {
+        "vocab_size": size,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "tie_word_embeddings": True,
+    }
     options = {
-        "distilbert": {"vocab_size": size, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64,
-                       "max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
-        "bert": encoder, "roberta": encoder | {"type_vocab_size": 1},
-        "gpt2": {"vocab_size": size, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
-                 "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None},
-        "llama": decoder, "qwen2": decoder}[kind]
+        "distilbert": {
+            "vocab_size": size,
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 64,
+            "max_position_embeddings": 64,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "seq_classif_dropout": 0.0,
+        },
+        "bert": encoder,
+        "roberta": encoder | {"type_vocab_size": 1},
+        "gpt2": {
+            "vocab_size": size,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        "llama": decoder,
+        "qwen2": decoder,
+    }[kind]
     return AutoConfig.for_model(kind, **(options | changes))
 
 
 def tiny_tokenizer(kind):
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
+
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(special + WORDS)}, unk_token="[UNK]")
+    )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
     if kind in ("distilbert", "bert", "roberta"):
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
         names |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     if kind == "gpt2":  # as GPT-2: one special token for everything, and no padding token
         names = {"unk_token": "[UNK]", "eos_token": "[UNK]"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=["input_ids", "attention_mask"], **names
+    )
 
 
 def make_model(folder, kind, head="", **changes):
-    """Write a tiny checkpoint: head "" (body only), "MaskedLM", "CausalLM" or "SequenceClassification"."""
+    """Write a tiny checkpoint: head "" (body only), "MaskedLM", "SequenceClassification" …"""
     import transformers
+
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(1)
     auto = getattr(transformers, f"AutoModelFor{head}" if head else "AutoModel")
     model = auto.from_config(tiny_config(kind, **changes))
-    with torch.no_grad():  # away from the tiny default initialisation, where everything is near zero
+    with torch.no_grad():  # away from the default start, where all is near zero
         for name, tensor in model.named_parameters():
             if tensor.ndim > 1 or name.endswith("bias"):
                 tensor.normal_(0, 0.3 if tensor.ndim > 1 else 0.1)
@@ -97,6 +221,7 @@ def models(tmp_path_factory):
         if key not in made:
             made[key] = make_model(tmp_path_factory.mktemp(f"tiny-{kind}"), kind, head, **changes)
         return made[key]
+
     return get
 
 
@@ -115,6 +240,7 @@ def sentences(n, seed):
 
 def write_rows(folder, name, columns):
     import datasets
+
     datasets.disable_progress_bars()
     folder.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(columns).to_parquet(str(folder / f"{name}.parquet"))

@@ -1,0 +1,181 @@
+"""The libraries' models: loading, layers' names and weights, what stands in for a layer.
+
+transformers is imported where it is used: it takes seconds, and --help must not.
+"""
+
+import contextlib
+import re
+
+import torch
+from torch import nn
+
+from harness.process import fail, first_line, say
+from harness.rows import model_folder
+
+BERTS = ("bert", "roberta", "xlm-roberta", "electra")
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
+TARGETS = {  # the query and value projections, the LoRA paper's choice, under each family's names
+    "distilbert": ["q_lin", "v_lin"],
+    "gpt2": ["c_attn"],  # one Conv1D computes query, key and value
+    "phi3": ["qkv_proj"],
+    **dict.fromkeys(BERTS, ["query", "value"]),
+    **dict.fromkeys(LLAMAS, ["q_proj", "v_proj"]),
+}
+AFTER_ATTENTION = {  # the module of a block that all that follows attention goes through
+    "distilbert": "sa_layer_norm",
+    "gpt2": "ln_2",
+    **dict.fromkeys(BERTS, "attention.output"),
+    **dict.fromkeys((*LLAMAS, "phi3"), "post_attention_layernorm"),
+}
+
+
+def load(name, task, config):
+    """The model with a head for the task, in fp32: (model, names of the head's tensors).
+
+    Safetensors only, no remote code. One line and status 2 where the checkpoint cannot be used.
+    """
+    import transformers
+
+    kind = {"classification": "SequenceClassification", "mlm": "MaskedLM", "clm": "CausalLM"}[task]
+    try:
+        model, info = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
+            model_folder(name),
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # no weights, a torn file, an unknown architecture …
+        fail(f"--model {name}: cannot load it for {kind} ({first_line(error)})")
+    named = dict(model.named_parameters(remove_duplicate=False))
+    prefix = f"{model.base_model_prefix}."
+    other_size = {key[0] for key in info["mismatched_keys"]}
+    fresh = (set(info["missing_keys"]) | other_size) & named.keys()
+    body = [key for key in fresh if key.startswith(prefix) and ".pooler." not in key]
+    if body:
+        lacks = f"lacks {len(body)} tensors of the model itself, {min(body)} among them"
+        fail(f"--model {name}: the checkpoint {lacks}")
+    if other_size:
+        say(f"--model {name}: its head has another number of labels and is replaced by a new one")
+    if task == "classification":
+        fresh |= {key for key in named if not key.startswith(prefix)}
+    elif (output := model.get_output_embeddings()) is not None:
+        if any(named[key] is output.weight for key in fresh):
+            lacks = "no output embeddings, tied or not: this would train a vocabulary from nothing"
+            fail(f"--model {name}: the checkpoint has {lacks}")
+    tensors = {id(named[key]) for key in fresh}  # a shared tensor counts once, by its first name
+    return model, [key for key, tensor in model.named_parameters() if id(tensor) in tensors]
+
+
+def checkpoint_activations(name, model):
+    """Have the model recompute its activations in the backward pass."""
+    try:  # the name of transformers from 5.23 on, and the older one
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+    except ValueError as error:
+        fail(f"--checkpointing: {name} cannot do it ({first_line(error)})")
+
+
+def is_linear(module):
+    """nn.Linear, or GPT-2's Conv1D, a transposed linear layer."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def weight_of(layer):
+    """A linear layer's weight as (out, in), whichever way round the layer stores it."""
+    return layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
+
+
+def block_linears(model):
+    """Names of the linear layers inside the blocks: not embeddings, poolers or heads."""
+    named = model.base_model.named_modules(prefix=model.base_model_prefix)
+    return [name for name, module in named if is_linear(module) and re.search(r"\.\d+\.", name)]
+
+
+def find_targets(model, targets):
+    """The ends of the names of the layers to adapt: --targets, or query and value."""
+    if targets:
+        return [name for word in targets for name in word.split(",") if name]
+    kind = model.config.model_type
+    if kind not in TARGETS:
+        fail(f"--targets: none known for {kind}; name some of {layer_names(model)}")
+    return TARGETS[kind]
+
+
+def layer_names(model):
+    return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)}))
+
+
+def longest_row(config, pad):
+    """How many tokens a row may have: fields that are -1, None or 0 are no limit."""
+    positions, kind = getattr(config, "max_position_embeddings", None), config.model_type
+    if not isinstance(positions, int) or positions <= 0:
+        return 10**9
+    if "roberta" in kind or kind in ("camembert", "mpnet", "longformer", "xmod", "data2vec-text"):
+        return positions - pad - 1  # they count positions from there
+    return positions
+
+
+def adapters(model):
+    """The modules that stand in for a linear layer: {path: module with keys, merged_weight()}."""
+    found = {}
+    for name, module in model.named_modules():  # parents first
+        part_of_another = any(name.startswith(f"{outer}.") for outer in found)
+        if hasattr(module, "merged_weight") and not part_of_another:
+            found[name] = module
+    return found
+
+
+@contextlib.contextmanager
+def as_plain_linears(model, merged, dtype):
+    """Inside, every adapter is one ordinary linear layer: merged, or of the base's weight alone."""
+    found = adapters(model)
+    for path, module in found.items():
+        layer = getattr(module, "base", module)
+        weight = module.merged_weight() if merged else weight_of(layer).float()
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        weight = weight.detach().to(dtype, copy=True)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        plain.bias = layer.bias
+        model.set_submodule(path, plain.train(module.training))
+    try:
+        yield model
+    finally:
+        for path, module in found.items():
+            model.set_submodule(path, module)
+
+
+def compute_read_rows_only(model, task, decoder, read):
+    """Have the last layer compute, after attention, only the rows that the head reads. Exact.
+
+    read(): the flat positions (R,) that are read of the batch at hand. Encoders stay cut from there
+    on. A decoder's residual stream stays whole, and the cut rows broadcast onto it: the row that is
+    read is right, nobody looks at the others. A causal LM reads every row; there, and for models
+    without an entry in AFTER_ATTENTION, rows are picked before the LM head alone, whose logits
+    would be most of the memory.
+    """
+    classify = task == "classification"
+
+    def pick(x):  # (B, L, hidden) -> (B, 1, hidden), or (1, R, hidden) for a language model
+        rows = x.flatten(0, 1)[read()]
+        return rows[:, None] if classify else rows[None]
+
+    def before(module, inputs):
+        return tuple(pick(x) for x in inputs)
+
+    def after(module, inputs, output):
+        output.last_hidden_state = pick(output.last_hidden_state)
+        return output
+
+    def everywhere(module, inputs):  # the head looks for its row by the pad token: any is right now
+        return pick(inputs[0]).expand(inputs[0].shape)
+
+    name = AFTER_ATTENTION.get(model.config.model_type)
+    if name and task != "clm":
+        found = [m for n, m in model.base_model.named_modules() if n.endswith(f".{name}")]
+        found[-1].register_forward_pre_hook(before)
+    elif not classify:
+        model.base_model.register_forward_hook(after)
+    if classify and decoder and isinstance(getattr(model, "score", None), nn.Linear):
+        model.score.register_forward_pre_hook(everywhere)
