@@ -6,13 +6,12 @@ frozen base, or, with --full, ordinary fine-tuning of every weight.
     python common.py --dataset sst2
     python common.py --dataset sst2 --full --lr 1e-4
 
-A method script owns `main` and calls down into this file: load_data, load_base, (its own) adapt,
-train, evaluate, measure. Nothing here knows a method; what a method wants differently it says in
-the dict that its `adapt` returns. What is around the experiment, flags to files, is in harness/.
+A script owns `main` and calls down into this file: load_data, load_base, (its own) adapt, train,
+evaluate, measure. Nothing here knows a method; what one wants differently its `adapt` returns.
 """
 
 import base64
-import copy
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -31,7 +30,7 @@ from harness import meters, models
 from harness.flags import parse_args, runs
 from harness.process import explain_out_of_memory, fail, first_line, rank, say, stop_signals, world
 from harness.rows import load_tokenizer, read_rows
-from harness.splits import Split, generator_for, seed_for, split_rows, split_text
+from harness.splits import Split, describe, generator_for, seed_for, split_rows, split_text
 from harness.store import load_adapter, load_checkpoint, save_checkpoint, save_result
 
 # ------------------------------------------------------------------------------------------- data
@@ -41,7 +40,7 @@ class Data(NamedTuple):
     """What a run trains on and is scored on."""
 
     task: str  # "classification", "mlm" or "clm"
-    decoder: bool
+    reads_last: bool  # a classifier's head reads the last token, not the first
     classes: list | None  # the classes' names
     pad: int  # token ids
     mask: int | None
@@ -83,9 +82,12 @@ def load_data(run):
 
     tokenizer, config = load_tokenizer(run.model)
     rows = read_rows(run.dataset, run.data_dir)
-    decoder = config.model_type not in MASKED
-    task = "classification" if rows.classes else "clm" if decoder else "mlm"
-    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+    masked = config.model_type in MASKED
+    last = not masked or config.is_encoder_decoder  # the token that a classifier reads
+    task = "classification" if rows.classes else "mlm" if masked else "clm"
+    size = getattr(config, "vocab_size", None) or len(tokenizer)
+    pads = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]  # an added one may have no embedding
+    pad = next(i for i in pads if i is not None and i < size)
     longest = models.longest_row(config, pad)
     if not 4 <= run.max_length <= longest:
         fail(f"--max_length {run.max_length}: {run.model} takes 4 to {longest:,} tokens")
@@ -94,20 +96,16 @@ def load_data(run):
     else:
         *splits, official = split_text(run, tokenizer, masked=task == "mlm")
     highest = max(split.tokens.max().item() for split in splits)
-    size = getattr(config, "vocab_size", highest + 1)
     if highest >= size:
         token = f"token {highest}, where the model has {size}"
         fail(f"--model {run.model}: its tokenizer is another model's: {token}")
     description = {"task": task, "test_split": rows.test_split, "classes": rows.classes}
-    for name, split in zip(("train", "dev", "test"), splits, strict=True):
-        description |= {name: len(split.lengths), f"{name}_sha256": split.sha256()}
-    description["official"] = official
+    description |= describe(*splits, official)
     kind = {"classification": "rows", "mlm": "masked-LM blocks", "clm": "causal blocks"}[task]
     sizes = ", ".join(f"{description[name]:,} {name}" for name in ("train", "dev", "test"))
     say(f"{run.settings['dataset']}, seed {run.seed}: {sizes} {kind} (test: {rows.test_split})")
-    vocab = min(len(tokenizer), size)
-    mask = tokenizer.mask_token_id
-    return Data(task, decoder, rows.classes, pad, mask, vocab, *splits, official, description)
+    ids = (pad, tokenizer.mask_token_id, min(len(tokenizer), size))
+    return Data(task, last, rows.classes, *ids, *splits, official, description)
 
 
 def predicted_tokens(data, split, *seed):
@@ -144,7 +142,7 @@ def collate(data, split, rows, targets):
     real = attended.flatten().nonzero()[:, 0]
     if data.task == "classification":  # the head reads one position: [CLS], or the last token
         read = torch.arange(len(rows)) * len(column)
-        if data.decoder:
+        if data.reads_last:
             read += lengths - 1
         return Batch(ids, mask, real, read, split.labels[rows])
     scored = attended & targets.flags[index]
@@ -195,6 +193,7 @@ class Base:
     head: list  # names of the head's tensors
     sha256: str  # of the frozen weights
     weights: int  # how many weights in all, before anything is added
+    last_block_cut: bool = False  # it computes, after attention, only the rows that are read
     batch: Batch | None = None  # of the forward pass at hand, for what a method computes by row
 
 
@@ -204,14 +203,8 @@ def load_base(run, data):
     The head is what the checkpoint lacks, and a classification head that it brings; one with
     another number of labels is drawn anew. Leaves the global generator seeded for the adapter.
     """
-    config = copy.deepcopy(load_tokenizer(run.model)[1])
-    for key, value in config.to_dict().items():
-        if "drop" in key and "layer" not in key and isinstance(value, float | int | None):
-            setattr(config, key, run.base_dropout)
-    config.pad_token_id, config.use_cache = data.pad, False
-    if data.classes:
-        config.id2label = dict(enumerate(data.classes))
-        config.label2id = {name: i for i, name in enumerate(data.classes)}
+    _, config = load_tokenizer(run.model)
+    config = models.configure(config, run.base_dropout, data.pad, data.classes)
     torch.manual_seed(seed_for(run.seed, "head"))  # what is missing is drawn while loading
     model, head = models.load(run.model, data.task, config)
     model.requires_grad_(False)
@@ -221,7 +214,8 @@ def load_base(run, data):
         digest.update(b"" if name in head else tensor.numpy().data)
         weights += tensor.numel()
     base = Base(model, head, digest.hexdigest(), weights)
-    models.compute_read_rows_only(model, data.task, data.decoder, lambda: base.batch.read)
+    read = (lambda: base.batch.read), data.reads_last
+    base.last_block_cut = models.compute_read_rows_only(model, data.task, *read)
     if run.checkpointing:
         models.checkpoint_activations(run.model, model)
     torch.manual_seed(seed_for(run.seed, "adapter"))
@@ -231,8 +225,7 @@ def load_base(run, data):
 def replace(model, targets, make):
     """Put make(layer) in the place of every frozen linear layer whose name ends with a target.
 
-    Returns the layers' names. A target that matches nothing ends the program with the candidates; a
-    model that has adapters already raises RuntimeError.
+    Returns the layers' names. RuntimeError where the model has adapters already.
     """
     if any(module.keys for module in models.adapters(model).values()):
         raise RuntimeError("this model has adapters already; load the base again for new ones")
@@ -262,10 +255,6 @@ class History:
     curve: list = field(default_factory=list)  # [step, learning rate, mean loss since the last one]
     losses: list = field(default_factory=list)  # (step, learning rate, loss) not yet in the curve
     laps: list = field(default_factory=list)  # seconds of each step
-
-    @property
-    def seconds(self):
-        return sum(self.laps)
 
 
 def autocast(run):
@@ -304,20 +293,17 @@ def make_optimizer(base, run, method):
     trained = trained_tensors(base.model)
     head = [tensor for name, tensor in trained.items() if name in base.head]
     rest = [tensor for name, tensor in trained.items() if name not in base.head]
-    rates = [(rest, run.lr), (head, run.head_lr if rest else run.lr)]
-    groups = [
-        {"params": tensors, "lr": lr, "weight_decay": run.weight_decay}
-        for tensors, lr in rates
-        if tensors
-    ]
-    return method.get("optimizer", functools.partial(torch.optim.AdamW, fused=True))(groups)
+    groups = [(rest, run.lr), (head, run.head_lr if rest else run.lr)]
+    groups = [{"params": tensors, "lr": lr} for tensors, lr in groups if tensors]
+    make = method.get("optimizer", functools.partial(torch.optim.AdamW, fused=True))
+    return make(groups, weight_decay=run.weight_decay)
 
 
 def train(base, data, run, method):
     """Train what requires a gradient; returns the History.
 
     AdamW with linear warm-up and decay, gradients clipped at norm 1. Only steps are on the clock.
-    A loss that is not finite ends the run. Where nothing is to be trained, nothing is done.
+    A loss that is not finite ends the run.
     """
     place(base, run)
     model, history, trained = base.model, History(), trained_tensors(base.model)
@@ -333,6 +319,7 @@ def train(base, data, run, method):
     after_step = method.get("after_step", lambda step, total, lr: None)
     load_checkpoint(run, base, data, optimizer, history)
     after_step(history.step, total, 0.0)
+    try_one_row(base, data, run, trained)
 
     name = f"{run.name} lr {run.lr:g} seed {run.seed}"
     quiet = rank() > 0 or None  # None: no bar where nobody watches
@@ -372,6 +359,21 @@ def train(base, data, run, method):
                 fail(f"stopped at step {step} of {total}; {again}", 128 + stop[0])
         history.laps += clock.read()
     return history
+
+
+def try_one_row(base, data, run, trained):
+    """Have what cannot be trained end in one line before anything is: the gradient of one row."""
+    targets = predicted_tokens(data, data.train, run.seed, 0)
+    base.model.train()
+    try:
+        with explain_out_of_memory(run):
+            gradient(base, data, run, torch.tensor([0]), targets, trained)
+    except Exception as error:  # the libraries' models raise of every kind
+        words = (
+            f"cannot be trained in {run.precision} ({type(error).__name__}: {first_line(error)})"
+        )
+        fail(f"--model {run.model}: {base.model.config.model_type} {words}")
+    base.model.zero_grad(set_to_none=True)
 
 
 def learning_rate_scale(step, total, warmup):
@@ -456,6 +458,12 @@ def evaluate(base, data, run):
     return {"metrics": metrics, "rows": rows}
 
 
+def scoring_parts(lengths, run):
+    """What goes through the model at once while scoring: rows of like length together."""
+    batches = lengths.argsort(stable=True).split(run.eval_batch_size)
+    return [part for batch in batches for part in micro_batches(batch, lengths, run)]
+
+
 @torch.inference_mode()
 def score(base, data, split, run, what):
     """One pass over a split, every row once, whatever the batch size or number of processes.
@@ -466,8 +474,7 @@ def score(base, data, split, run, what):
     targets, lengths = predicted_tokens(data, split, what), split.lengths
     nll = torch.zeros(len(lengths), dtype=torch.float64, device=run.device)
     predicted = torch.zeros(len(lengths), dtype=torch.int64, device=run.device)
-    batches = lengths.argsort(stable=True).split(run.eval_batch_size)[rank() :: world()]
-    parts = [part for batch in batches for part in micro_batches(batch, lengths, run)]
+    parts = scoring_parts(lengths, run)[rank() :: world()]
     for rows in tqdm(parts, f"scoring {what}", disable=rank() > 0 or None, leave=False):
         batch = collate(data, split, rows, targets).to(run.device)
         with autocast(run):
@@ -508,8 +515,8 @@ def summarise(data, split, nll, scored, predicted, rows=None):
 def measure(base, data, run, method, history):
     """The costs of a trained model, as the result file has them.
 
-    Seconds, bytes and floating-point operations. `merged`, the test score after merging, and
-    `inference` are left out with --no_timing.
+    What cannot be measured is left out, and a line says so; with --no_timing `inference` and
+    `merged`, the test score after merging, are.
     """
     steps, lengths = steps_of(data, run, history.step), data.train.lengths
     rows = [torch.cat(parts) for parts in steps]
@@ -520,15 +527,18 @@ def measure(base, data, run, method, history):
         "time": meters.summarise_time(history.laps, per_epoch, sizes),
         "disk": meters.count_disk(base, frozen_dtype(run)),
     }
-    with explain_out_of_memory(run):
-        costs["memory"] = count_memory(base, data, run, method)
-        costs["flops"] = count_flops(base, data, run, steps)
-        if not run.no_timing:
-            costs["inference"] = [time_inference(base, data, run, rows) for rows in (1, 32)]
-        if not run.no_timing and models.adapters(base.model):
-            with models.as_plain_linears(base.model, True, frozen_dtype(run)):
-                scored = score(base, data, data.test, run, "test")
-            costs["merged"] = summarise(data, data.test, *scored)
+
+    def attempt(name, work, *more):
+        try:
+            costs[name] = work(base, data, run, *more)
+        except Exception as error:  # the scores are safe: no cost is worth a run
+            say(f"{name}: not measured ({type(error).__name__}: {first_line(error)})")
+
+    attempt("memory", count_memory, method)
+    attempt("flops", count_flops, steps)
+    if not run.no_timing:
+        attempt("inference", time_inference)
+        attempt("merged", score_merged)
     return costs
 
 
@@ -553,16 +563,13 @@ def count_memory(base, data, run, method):
     Both on the largest batch that the run had. The step has a learning rate of 0 and an optimizer
     with its state, so that nothing changes. CUDA's own peak of the same work stands beside each.
     """
-    model, cuda = base.model, "cuda" in run.device
-    trained, memory = trained_tensors(model), {}
+    model, trained, memory = base.model, trained_tensors(base.model), {}
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
     known = {"frozen weights": frozen, "trained weights": list(trained.values()), "optimizer": []}
 
     def peak_of(name, work):
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(run.device)
-        memory[name] = meters.live_bytes(work, trained.values(), **known)
-        memory[f"{name}_allocator"] = torch.cuda.max_memory_allocated(run.device) if cuda else None
+        counted = meters.live_bytes(work, trained.values(), run.device, **known)
+        memory[name], memory[f"{name}_allocator"] = counted
 
     if trained:
         optimizer = make_optimizer(base, run, method)
@@ -583,11 +590,10 @@ def count_memory(base, data, run, method):
         known["optimizer"] = [t for s in states for t in s.values() if torch.is_tensor(t)]
         peak_of("train", step)
         known["optimizer"] = []
-        del optimizer, states
+        del optimizer, states  # or its state would count in inference
     model.eval()
     lengths = data.test.lengths
-    rows = lengths.argsort(descending=True)[: run.eval_batch_size]
-    rows = micro_batches(rows, lengths, run)[0]
+    rows = scoring_parts(lengths, run)[-1]
     batch = collate(data, data.test, rows, predicted_tokens(data, data.test, "test")).to(run.device)
     with torch.no_grad(), autocast(run):
         peak_of("inference", lambda: forward(base, batch))
@@ -598,8 +604,7 @@ def count_flops(base, data, run, steps):
     """Operations of the steps that ran, a mean step and all, and of a test row's inference.
 
     A pass costs so much a token, a pair of tokens and a row that is read. Of the model as training
-    left it: contextual sparsity's dense first steps, a twentieth, count as the later ones do. {}
-    where the counter cannot follow the model.
+    left it: contextual sparsity's dense first steps, a twentieth, count as the later ones do.
     """
 
     def total(split, parts, training):
@@ -619,44 +624,42 @@ def count_flops(base, data, run, steps):
         return meters.fitted_flops(base.model, work, prices)
 
     lengths = data.test.lengths
-    batches = lengths.argsort(stable=True).split(run.eval_batch_size)
-    test = [part for batch in batches for part in micro_batches(batch, lengths, run)]
-    try:
-        inference = total(data.test, test, training=False)
-        training = total(data.train, [part for step in steps for part in step], training=True)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        say(f"no FLOPs: torch's counter cannot follow this model ({first_line(error)})")
-        return {}
+    inference = total(data.test, scoring_parts(lengths, run), training=False)
+    training = total(data.train, [part for step in steps for part in step], training=True)
     step = training / max(1, len(steps))
     return {"step": step, "total": training, "inference_row": inference / len(lengths)}
 
 
 @torch.inference_mode()
-def time_inference(base, data, run, rows):
-    """Latency of the `rows` longest test rows through the base, merged and unmerged model."""
-    model, split = base.model.eval(), data.test
-    longest = split.lengths.argsort(descending=True, stable=True)[:rows]
-    batch = collate(data, split, longest, predicted_tokens(data, split, "test")).to(run.device)
-
-    def timed(clock):
-        with autocast(run):
-            forward(base, batch)  # warms up
-            clock.start()
-            forward(base, batch)
-            clock.stop()
-        return clock.read()
-
-    def as_plain(clock, merged):
-        with models.as_plain_linears(model, merged, frozen_dtype(run)):
-            return timed(clock)
-
-    works = {"base": functools.partial(as_plain, merged=False)}
+def time_inference(base, data, run):
+    """Latency of the longest test row, and of the 32 longest: base, merged and unmerged model."""
+    model, split, found = base.model.eval(), data.test, []
+    targets = predicted_tokens(data, split, "test")
+    merging = functools.partial(models.as_plain_linears, model, dtype=frozen_dtype(run))
+    states = {"base": lambda: merging(merged=False)}
     if models.adapters(model):
-        works |= {"merged": functools.partial(as_plain, merged=True), "unmerged": timed}
-    result = {"batch": len(longest), "length": batch.ids.shape[1]}
-    for name, ms in meters.latencies(works, run.device).items():
-        result[name] = {"latency_ms": ms, "samples_per_second": 1000 * len(longest) / ms["p50"]}
-    return result
+        states |= {"merged": lambda: merging(merged=True), "unmerged": contextlib.nullcontext}
+    for size in (1, 32):
+        rows = split.lengths.argsort(descending=True, stable=True)[:size]
+        batch = collate(data, split, rows, targets).to(run.device)
+
+        def once(batch=batch):
+            with autocast(run):
+                forward(base, batch)
+
+        result = {"batch": len(rows), "length": batch.ids.shape[1]}
+        for name, ms in meters.latencies(once, states, run.device).items():
+            result[name] = {"latency_ms": ms, "samples_per_second": 1000 * len(rows) / ms["p50"]}
+        found.append(result)
+    return found
+
+
+def score_merged(base, data, run):
+    """The test score with every adapter merged; None without an adapter."""
+    if not models.adapters(base.model):
+        return None
+    with models.as_plain_linears(base.model, True, frozen_dtype(run)):
+        return summarise(data, data.test, *score(base, data, data.test, run, "test"))
 
 
 # ------------------------------------------------------------------------------------ the baseline

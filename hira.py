@@ -42,7 +42,7 @@ def high_rank_weight(weight, A, B):
 
 
 class HadamardProduct(torch.autograd.Function):
-    """y = (W0 ⊙ (1 + B·A))·x + b in one product that keeps x, A and B, not the dense matrix.
+    """y = (W0 ⊙ (1 + B·A))·x + b, x (rows, in), in one product that keeps no dense matrix.
 
     With M = (δᵀ·x) ⊙ W0: dA = Bᵀ·M, dB = M·Aᵀ, dx = δ·(W0 ⊙ (1 + B·A)) (section 4.7).
     """
@@ -56,7 +56,7 @@ class HadamardProduct(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, A, B = ctx.saved_tensors
         dx = grad @ high_rank_weight(weight, A, B) if ctx.needs_input_grad[0] else None
-        M = (grad.flatten(0, -2).T @ x.flatten(0, -2)).mul_(weight)
+        M = (grad.T @ x).mul_(weight)
         return dx, None, None, B.T @ M, M @ A.T
 
 
@@ -80,7 +80,13 @@ class HiRALinear(nn.Module):
         # would round small updates of a weight away.
         if self.training and self.dropout.p or weight.dtype == torch.bfloat16:
             return self.base(x) + F.linear(self.dropout(x), weight * (self.B @ self.A))
-        return HadamardProduct.apply(x, weight, self.base.bias, self.A, self.B)
+        rows = x.flatten(0, -2)  # a product of matrices is no view: models may change it in place
+        y = HadamardProduct.apply(rows, weight, self.base.bias, self.A, self.B)
+        return y.unflatten(0, x.shape[:-1])
+
+    @property
+    def weight(self):  # some models look at a layer's weight, T5 for its dtype
+        return self.base.weight
 
     def merged_weight(self):
         """W0 ⊙ (1 + B·A) in fp32, (out, in): one matrix that does the work of both."""

@@ -58,6 +58,10 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         return self.base(x) + lora_update(self.dropout(x), self.A, self.B, self.scale)
 
+    @property
+    def weight(self):  # some models look at a layer's weight, T5 for its dtype
+        return self.base.weight
+
     def merged_weight(self):
         """W0 + (α/r)·B·A in fp32, (out, in): one matrix that does the work of both."""
         return weight_of(self.base).float() + self.scale * self.B @ self.A

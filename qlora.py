@@ -200,7 +200,8 @@ class NF4Linear(nn.Module):
         self.double_quant = double_quant
 
     def forward(self, x):
-        return NF4Product.apply(x, self)
+        y = NF4Product.apply(x.flatten(0, -2), self)  # no view: models may change it in place
+        return y.unflatten(0, x.shape[:-1])
 
     def dequantised(self, dtype):
         """The weight (out, in) that the 4 bits stand for."""
@@ -303,6 +304,11 @@ def adapt(base, run):
     stored = sum(tensor.nbytes for layer in layers for tensor in layer.buffers())
     mib, fp32 = stored / 2**20, weights * 4 / 2**20
     say(f"{len(layers)} linear layers in NF4 by {backend}: {mib:.1f} MiB, {fp32:.1f} in fp32")
+    # A mixture of experts keeps its experts as parameters of three dimensions, not as layers.
+    other = sum(t.numel() for n, t in model.named_parameters() if t.ndim > 2 and n not in base.head)
+    if other:
+        share = 100 * other / (other + weights)
+        say(f"not in NF4: {other:,} weights in no linear layer, {share:.0f} % of the blocks'")
     peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
     peft |= {"lora_alpha": run.alpha, "lora_dropout": run.dropout}
     info = {
@@ -310,6 +316,7 @@ def adapt(base, run):
         "double_quant": not run.no_double_quant,
         "layers": len(layers),
         "weights": weights,
+        "weights_not_quantised": other,
         "bytes_nf4": stored,
         "paged": run.paged and "cuda" in run.device,
     }

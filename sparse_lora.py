@@ -20,13 +20,12 @@ extrapolation. CLS, or the masked tokens that are scored, stay dense, as the pap
 output tokens. The paper predicts which channels matter with a rank-8 SVD of the frozen weight
 (--estimator svd); on a small encoder that picks little better than chance, so by default the score
 is exact, on 64 to 127 of the rows (--estimator sample). Attention projections stay dense: slicing
-them gains little. In an encoder's last block only the dense rows are read, so it is left unsliced.
+them gains little. The last block is left unsliced where it computes the read rows alone.
 Which layers are sliced follows the paper's GLUE map, whose --channel_sparsity is 0.95;
 --dense_layers moves where it begins.
 """
 
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +33,19 @@ from torch import nn
 
 from common import evaluate, load_base, load_data, measure, replace, train
 from harness.flags import adapter_args, natural, non_negative, parse_args, positive, runs, share
-from harness.models import find_targets, weight_of
+from harness.models import block_linears, find_targets, weight_of
 from harness.process import fail
 from harness.store import load_adapter, save_result
 
-GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-FFN = {  # the layers into and out of a block's wide middle; a gated one has two ways in
-    "distilbert": ("ffn.lin1", "ffn.lin2"),
-    **dict.fromkeys(("bert", "roberta"), ("intermediate.dense", "output.dense")),
-    **dict.fromkeys(("llama", "mistral", "qwen2"), GATED),
-}
+FFN = (  # the layers into and out of a block's wide middle; a gated one has two ways in
+    ("intermediate.dense", "output.dense"),  # BERT and its relatives
+    ("ffn.lin1", "ffn.lin2"),  # DistilBERT
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),  # Llama and its relatives
+    ("fc1", "fc2"),  # BART, OPT, Phi
+    ("DenseReluDense.wi", "DenseReluDense.wo"),  # T5
+    ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),  # gated T5
+    ("dense_h_to_4h", "dense_4h_to_h"),  # Falcon, BLOOM
+)
 
 
 def add_args(parser):
@@ -151,6 +153,10 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         return self.base(x) + lora_update(self.dropout(x), self.A, self.B, self.scale)
+
+    @property
+    def weight(self):  # some models look at a layer's weight, T5 for its dtype
+        return self.base.weight
 
     def merged_weight(self):
         """W0 + (α/r)·B·A in fp32, (out, in): one matrix that does the work of both."""
@@ -275,6 +281,10 @@ class WayOut(nn.Module):
         super().__init__()
         self.base, self.channels = base, channels
 
+    @property
+    def weight(self):  # T5 looks at it
+        return self.base.weight
+
     def forward(self, z):
         c, weight, bias = self.channels, self.base.weight, self.base.bias
         if not (self.training and c.switch["on"]):
@@ -300,13 +310,15 @@ def slice_blocks(base, run, switch):
     from transformers.activations import ACT2FN
 
     model, config = base.model, base.model.config
-    if config.model_type not in FFN:
-        known = ", ".join(FFN)
-        fail(f"--mode contextual: no feed-forward layers known of {config.model_type}, but {known}")
-    act = ACT2FN[getattr(config, "hidden_act", None) or config.activation]
-    *ways_in, way_out = FFN[config.model_type]
-    pattern = rf"\.\d+\.{re.escape(ways_in[0])}$"
-    names = [name for name, _ in model.named_modules() if re.search(pattern, name)]
+    linears = block_linears(model)
+    found = [layers for layers in FFN if any(name.endswith(f".{layers[0]}") for name in linears)]
+    keys = ("hidden_act", "activation", "activation_function", "hidden_activation", "dense_act_fn")
+    acts = [getattr(config, key, None) for key in keys]
+    act = next((ACT2FN[name] for name in acts if name), nn.GELU(approximate="tanh"))  # BLOOM's
+    if not found:
+        fail(f"--mode contextual: no feed-forward layers known of {config.model_type}")
+    *ways_in, way_out = found[0]
+    names = [name for name in linears if name.endswith(f".{ways_in[0]}")]
     blocks = [name.removesuffix(ways_in[0]) for name in names]
     encoder = (
         len(ways_in) == 1
@@ -329,7 +341,7 @@ def slice_blocks(base, run, switch):
             if not isinstance(layer, nn.Linear):
                 fail(f"--targets: {name} is sliced by --mode contextual; name attention layers")
         left_out = layer_sparsity(i, len(blocks), run.channel_sparsity, first)
-        if left_out == 0 or dense and i == len(blocks) - 1:
+        if left_out == 0 or base.last_block_cut and i == len(blocks) - 1:
             continue
         keep = max(1, round(layers[0].out_features * (1 - left_out)))
         channels = Channels(keep, switch, rows, scorer(layers[:-1], act, run))
@@ -337,6 +349,10 @@ def slice_blocks(base, run, switch):
             model.set_submodule(block + name, WayIn(layer, channels, first=layer is layers[0]))
         model.set_submodule(block + way_out, WayOut(layers[-1], channels))
         kept[block.rstrip(".")] = keep
+    if not kept:
+        fail(
+            "--mode contextual: all blocks would stay dense; the last one does, whose rows are read"
+        )
     return kept
 
 

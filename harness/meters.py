@@ -85,12 +85,14 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def live_bytes(work, trained, **known):
-    """Bytes at the peak of `work()` by kind: {kind: bytes}; the peak is their sum.
+def live_bytes(work, trained, device, **known):
+    """Bytes at the peak of `work()`: ({kind: bytes}, what CUDA's allocator says, else None).
 
     known: lists of tensors that are there before, by kind. trained: tensors whose gradients count
     as such. Activations are what autograd saves for the backward pass; all else is a temporary.
     """
+    if "cuda" in device:
+        torch.cuda.reset_peak_memory_stats(device)
     live = LiveBytes(**known)
 
     def activation(tensor):
@@ -105,7 +107,7 @@ def live_bytes(work, trained, **known):
         work()
     for hook in hooks:
         hook.remove()
-    return live.peak
+    return live.peak, torch.cuda.max_memory_allocated(device) if "cuda" in device else None
 
 
 def fitted_flops(model, work, prices):
@@ -137,17 +139,22 @@ def fitted_flops(model, work, prices):
     return float((prices @ fit).sum())
 
 
-def latencies(works, device):
-    """Seconds of each of works = {name: function}, in turns, so that drift hits all alike.
+def latencies(work, states, device):
+    """Milliseconds of `work()` in each of states = {name: function that makes a context}.
 
-    Every function runs once to warm up before each time that counts; up to 20 rounds, fewer where
-    they take more than 3 s. Returns {name: {"mean", "p50", "p95"}} in milliseconds.
+    In turns, so that drift hits all alike; once to warm up before each time that counts; up to 20
+    rounds, fewer where they take more than 3 s a state. Returns {name: {"mean", "p50", "p95"}}.
     """
-    clock, laps = Clock(device), {name: [] for name in works}
+    clock, laps = Clock(device), {name: [] for name in states}
     for _ in range(20):
-        for name, work in works.items():
-            laps[name] += work(clock)
-        if sum(map(sum, laps.values())) > 3 * len(works):
+        for name, state in states.items():
+            with state():
+                work()
+                clock.start()
+                work()
+                clock.stop()
+            laps[name] += clock.read()
+        if sum(map(sum, laps.values())) > 3 * len(states):
             break
     return {
         name: {

@@ -4,6 +4,7 @@ transformers is imported where it is used: it takes seconds, and --help must not
 """
 
 import contextlib
+import copy
 import re
 
 import torch
@@ -12,21 +13,39 @@ from torch import nn
 from harness.process import fail, first_line, say
 from harness.rows import model_folder
 
-BERTS = ("bert", "roberta", "xlm-roberta", "electra")
-LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-TARGETS = {  # the query and value projections, the LoRA paper's choice, under each family's names
-    "distilbert": ["q_lin", "v_lin"],
-    "gpt2": ["c_attn"],  # one Conv1D computes query, key and value
-    "phi3": ["qkv_proj"],
-    **dict.fromkeys(BERTS, ["query", "value"]),
-    **dict.fromkeys(LLAMAS, ["q_proj", "v_proj"]),
-}
+BERTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
+TARGETS = (  # the query and value projections, the LoRA paper's choice; the first that all exist
+    ["query", "value"],  # BERT and its relatives
+    ["q_lin", "v_lin"],  # DistilBERT
+    ["q_proj", "v_proj"],  # Llama and its relatives, BART, OPT, Phi
+    ["query_proj", "value_proj"],  # DeBERTa-v2
+    ["q", "v"],  # T5, MPNet
+    ["c_attn"],  # query, key and value in one from here on: GPT-2,
+    ["qkv_proj"],  # Phi-3,
+    ["query_key_value"],  # Falcon, BLOOM,
+    ["Wqkv"],  # ModernBERT,
+    ["attention.self.in_proj"],  # DeBERTa
+)
 AFTER_ATTENTION = {  # the module of a block that all that follows attention goes through
     "distilbert": "sa_layer_norm",
     "gpt2": "ln_2",
     **dict.fromkeys(BERTS, "attention.output"),
-    **dict.fromkeys((*LLAMAS, "phi3"), "post_attention_layernorm"),
+    **dict.fromkeys(LLAMAS, "post_attention_layernorm"),
 }
+
+
+def configure(config, dropout, pad, classes):
+    """A copy of the model's config with this dropout everywhere, this pad id and these classes."""
+    config = copy.deepcopy(config)
+    for key, value in config.to_dict().items():
+        if "drop" in key and "layer" not in key and isinstance(value, float | int | None):
+            setattr(config, key, dropout)
+    config.pad_token_id, config.use_cache = pad, False
+    if classes:
+        config.id2label = dict(enumerate(classes))
+        config.label2id = {name: i for i, name in enumerate(classes)}
+    return config
 
 
 def load(name, task, config):
@@ -64,8 +83,45 @@ def load(name, task, config):
         if any(named[key] is output.weight for key in fresh):
             lacks = "no output embeddings, tied or not: this would train a vocabulary from nothing"
             fail(f"--model {name}: the checkpoint has {lacks}")
+    check_values(name, model, fresh)
+    if task == "clm":
+        check_causal(name, model)
     tensors = {id(named[key]) for key in fresh}  # a shared tensor counts once, by its first name
     return model, [key for key, tensor in model.named_parameters() if id(tensor) in tensors]
+
+
+@torch.no_grad()
+def check_values(name, model, fresh):
+    """Refuse a checkpoint with nan or infinity in it; draw a new tensor again that came out wild.
+
+    transformers leaves some new tensors uninitialised (Longformer's LM head: 1e37 was seen).
+    """
+    for key, tensor in model.named_parameters():
+        wild = not tensor.isfinite().all() or tensor.abs().max() > 1e4
+        if key in fresh and wild:
+            say(f"--model {name}: {key} is missing and came uninitialised; drawn again")
+            tensor.zero_() if tensor.ndim < 2 else tensor.normal_(0, 0.02)
+        elif not tensor.isfinite().all():
+            fail(f"--model {name}: {key} holds nan or infinity; the checkpoint is broken")
+
+
+@torch.no_grad()
+def check_causal(name, model):
+    """Refuse a causal LM that sees the future: its perplexity would mean nothing.
+
+    A causal model's outputs do not change when a later token does.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 9)[None] % size
+    other = ids.clone()
+    other[0, -1] = 0
+    model.eval()
+    try:
+        a, b = (model(input_ids=x).logits[0, :-1] for x in (ids, other))
+    except Exception as error:  # a model that wants more than tokens
+        fail(f"--model {name}: cannot run it on tokens alone ({first_line(error)})")
+    if not torch.allclose(a, b, atol=1e-3 * float(a.abs().max())):
+        fail(f"--model {name}: its attention sees later tokens, so it has no causal perplexity")
 
 
 def checkpoint_activations(name, model):
@@ -97,10 +153,12 @@ def find_targets(model, targets):
     """The ends of the names of the layers to adapt: --targets, or query and value."""
     if targets:
         return [name for word in targets for name in word.split(",") if name]
+    names = block_linears(model)
+    for ends in TARGETS:
+        if all(any(name.endswith(f".{end}") for name in names) for end in ends):
+            return ends
     kind = model.config.model_type
-    if kind not in TARGETS:
-        fail(f"--targets: none known for {kind}; name some of {layer_names(model)}")
-    return TARGETS[kind]
+    fail(f"--targets: none known for {kind}; name some of {layer_names(model)}")
 
 
 def layer_names(model):
@@ -146,14 +204,14 @@ def as_plain_linears(model, merged, dtype):
             model.set_submodule(path, module)
 
 
-def compute_read_rows_only(model, task, decoder, read):
+def compute_read_rows_only(model, task, read, reads_last):
     """Have the last layer compute, after attention, only the rows that the head reads. Exact.
 
     read(): the flat positions (R,) that are read of the batch at hand. Encoders stay cut from there
     on. A decoder's residual stream stays whole, and the cut rows broadcast onto it: the row that is
     read is right, nobody looks at the others. A causal LM reads every row; there, and for models
     without an entry in AFTER_ATTENTION, rows are picked before the LM head alone, whose logits
-    would be most of the memory.
+    would be most of the memory. Returns whether the last layer is cut.
     """
     classify = task == "classification"
 
@@ -177,5 +235,6 @@ def compute_read_rows_only(model, task, decoder, read):
         found[-1].register_forward_pre_hook(before)
     elif not classify:
         model.base_model.register_forward_hook(after)
-    if classify and decoder and isinstance(getattr(model, "score", None), nn.Linear):
+    if classify and reads_last and isinstance(getattr(model, "score", None), nn.Linear):
         model.score.register_forward_pre_hook(everywhere)
+    return name is not None and task != "clm"

@@ -48,6 +48,14 @@ class Split:
         return digest.hexdigest()
 
 
+def describe(train, dev, test, official):
+    """The sizes and hashes of the splits for the result file: the same rows are the same hash."""
+    sizes = {"official": official}
+    for name, split in (("train", train), ("dev", dev), ("test", test)):
+        sizes |= {name: len(split.lengths), f"{name}_sha256": split.sha256()}
+    return sizes
+
+
 def draw(rows, size, *names):
     """A random subset of `rows` in their own order; all of them where `size` is None or larger."""
     if size is None or size >= len(rows):
@@ -97,6 +105,7 @@ def split_text(run, tokenizer, masked):
 
     An encoder's block (`masked`) is [CLS] … [SEP], max_length tokens in all. A decoder's begins
     with the token that its tokenizer puts before every text, if it does (Llama does, GPT-2 not).
+    Dev is drawn from the validation split: as many blocks as train has, at most 500.
     """
     if run.heldout:
         fail(f"--heldout {run.heldout}: only for labelled rows, {run.dataset} has none")
@@ -108,7 +117,7 @@ def split_text(run, tokenizer, masked):
     elif tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         start = [tokenizer.bos_token_id]
     size, splits = run.max_length - len(start + end), []
-    samples = {"train": run.train_samples, "dev": None, "test": run.test_samples}
+    samples = {"train": run.train_samples, "test": run.test_samples}
     for name, (tokens, scorable) in read_streams(run.model, run.dataset, run.data_dir).items():
         if not scorable.any():
             fail(f"--dataset {run.dataset}: its {name} split has no known word")
@@ -120,6 +129,7 @@ def split_text(run, tokenizer, masked):
             lists.append([*start, *tokens[part].tolist(), *end])
             flags += [*(False for _ in start), *scorable[part].tolist(), *(False for _ in end)]
         splits.append(Split(*flat(lists), None, torch.tensor(flags)))
+        samples.setdefault("dev", min(500, len(lists)))  # train comes first
     return *splits, len(splits[-1].lengths)
 
 

@@ -147,7 +147,6 @@ def save_adapter(run, base, method, task):
         "base_model_name_or_path": run.settings["model"],
         "inference_mode": True,
         "modules_to_save": heads or None,
-        "bias": "none",
         "fan_in_fan_out": any(type(layer).__name__ == "Conv1D" for layer in layers),
         **method["peft"],
     }
@@ -192,6 +191,8 @@ def load_adapter(run, base, method):
             f"--eval_only {folder}: trained on another base ({other}), not on --model {run.model}, "
             "or on the same in other bits; change --model or the script"
         )
+    if sha256 is None and "stored" in method:
+        say(f"--eval_only {folder}: scored on the base in {method['stored'][1:]}, as made here")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for path, module in adapters(model).items():
         if path in ranks:  # a pruned adapter has fewer components in some layers, at the same scale
@@ -306,7 +307,7 @@ def save_result(base, data, run, method, history, scores, costs=None):
     run.path.with_suffix(".checkpoint").unlink(missing_ok=True)
     if costs:
         say(
-            f"trained {history.step:,} steps in {history.seconds:.1f} s; wrote {run.path} and the "
+            f"trained {history.step:,} steps in {sum(history.laps):.1f} s; wrote {run.path} and the "
             f"adapter ({adapter / 2**20:.1f} MiB) beside it"
         )
     return run.path

@@ -8,8 +8,8 @@
 # Finished runs are skipped and stopped ones continue, so it may be stopped at any time and go on in
 # another sitting. Run it from the repository's root; data/ and models/: see docs/running.md.
 set -euo pipefail
-model=${MODEL:-models/all-MiniLM-L6-v2} out=results/study
-export OMP_NUM_THREADS=1
+model=${MODEL:-models/all-MiniLM-L6-v2} out=results/study jobs=${JOBS:-$(nproc)}
+export OMP_NUM_THREADS=1  # after nproc, which heeds it
 
 runs() {  # runs SEEDS FLAGS...: the command of each seed, its rates in a row
   local seeds=$1 seed; shift
@@ -22,7 +22,7 @@ sst2="--dataset sst2 --model $model --train_samples 4000 --heldout 3000 --epochs
 {
   for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $sst2 --lr 3e-3 --search 3; done
   runs 6 hira.py $sst2 --lr 3e-2 --search 3
-} | xargs -P "${JOBS:-$(nproc)}" -I{} sh -c '{}'
+} | xargs -P "$jobs" -I{} sh -c '{}'
 
 for dataset in sst2; do
   cat $out/$dataset-*.json > study/$dataset.jsonl

@@ -92,7 +92,7 @@ def ours(args, name):
 
     def train_round():
         with switch:
-            return common.train(base, data, run, method).seconds
+            return sum(common.train(base, data, run, method).laps)
 
     train_round()  # warms up
     steps = common.steps_of(data, run, math.ceil(args.rows / run.batch_size))

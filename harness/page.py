@@ -1,0 +1,162 @@
+"""The results page, the terminal's text, and the sections of other pages that hold numbers."""
+
+import re
+
+from harness import tables
+from harness.process import fail
+from harness.results import DEMOS
+
+HEAD = "# Results\n\nWritten by compare.py from the result files; do not edit.\n"
+READ = """<details><summary>How to read this page</summary>
+
+In each seed a method has the learning rate that is best on that seed's dev rows; that run's test
+score counts. A difference is the mean over the seeds that both methods have. Its 95 % interval holds
+two noises: training again (seeds) and other test rows. *Better*: p < 0.05, after Holm's correction
+for all pairs; p is the larger of the paired t-test over seeds and of the test of both noises. *Equal
+within the margin*: the 90 % intervals lie inside it. *Undecided*: neither. What would decide supposes
+that difference and spread stay as seen. Verdicts are on the four methods in their default variant;
+other rows have an interval beside LoRA, not corrected. A score's interval is over seeds alone.
+
+Memory is counted: live tensors at the peak of a step on the largest batch. Costs are means over the
+tuned runs. Times are of runs that timed inference; between runs the machine drifts.
+
+</details>
+"""
+
+
+def sentences(g):
+    """Verdicts and cautions as a list in Markdown."""
+    return "\n".join(f"- {line}" for line in [*tables.verdicts(g), *g["cautions"]])
+
+
+def main(g):
+    return tables.markdown(tables.main_table(g))
+
+
+def pairs(g):
+    """Every statistic of the pairs, and of the other rows beside LoRA."""
+    beside = [row["beside"] for row in g["rows"] if row["beside"] and not row["tested"]]
+    return tables.markdown(tables.pair_table([*g["pairs"], *beside]))
+
+
+def rates(g):
+    return tables.markdown(tables.rate_table(g))
+
+
+def details(g, which):
+    """Tables of all that was measured in the tuned runs, each below its heading."""
+    found = [(heading, tables.detail_table(g, *where)) for heading, *where in which]
+    return "\n\n".join(
+        f"{heading}:\n\n{tables.markdown(table)}" for heading, table in found if table
+    )
+
+
+def scores(g):
+    return details(g, tables.DETAILS[:1])
+
+
+def costs(g):
+    return details(g, tables.DETAILS[1:])
+
+
+def runs(g):
+    """How much was run, with which settings, where."""
+    data, seconds = (
+        g["data"],
+        sum(run.get("time", {}).get("train_seconds", 0) for run in g["_runs"]),
+    )
+    sizes = ", ".join(f"{data[part]:,} {part}" for part in ("train", "dev", "test"))
+    return "\n\n".join(
+        [
+            f"{len(g['_runs']):,} runs, {seconds / 3600:.1f} hours of training; {sizes} rows "
+            f"(test: {data['test_split']}).",
+            tables.markdown(tables.settings_table(g)),
+            tables.markdown(tables.environment_table(g)),
+        ]
+    )
+
+
+SECTIONS = {  # what other pages can hold, by the name in their marks
+    "verdicts": sentences,
+    "table": main,
+    "pairs": pairs,
+    "rates": rates,
+    "scores": scores,
+    "costs": costs,
+    "runs": runs,
+}
+
+
+NAMES = "|".join(SECTIONS)
+MARK = re.compile(rf"(<!-- ({NAMES})(?: (\S+))? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def group_page(g, pictures):
+    """A group's part of the page: verdicts, table, pictures, and the rest folded."""
+    folded = {
+        "Dev score at each learning rate, mean over seeds (in how many it was chosen)": rates(g),
+        "Every pair": pairs(g),
+        "Scores of the tuned runs": scores(g),
+        "Costs of the tuned runs": costs(g),
+        "Runs and settings": runs(g),
+    }
+    parts = [f"## {tables.title(g)}", sentences(g), main(g)]
+    if g["dataset"] in DEMOS:
+        parts.insert(1, "Generated text, to see everything work. It says nothing about real data.")
+    parts += [f"![{words}]({file})" for file, words in pictures]
+    for summary, text in folded.items():
+        if text:
+            parts.append(f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def check(folder, files):
+    """End the program before anything is written where a page is not ours, or has no marks."""
+    path = folder / "README.md"
+    if path.exists() and not path.read_text("utf-8", "replace").startswith(HEAD):
+        fail(f"{path} is not a page of compare.py; --out names another folder")
+    for file in files:
+        if not file.is_file() or not MARK.search(file.read_text("utf-8")):
+            fail(f"--fill {file}: no file with <!-- table --> and <!-- /table --> in it")
+
+
+def write(folder, groups, skipped, pictures):
+    """Write folder/README.md; pictures: for each group its [(file, words)]."""
+    parts = [group_page(g, drawn) for g, drawn in zip(groups, pictures, strict=True)]
+    if skipped:
+        parts.append("## Skipped\n\n" + "\n".join(f"- {line}" for line in skipped))
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join([HEAD.strip(), *parts, READ])
+    (folder / "README.md").write_text(text, "utf-8", newline="\n")
+
+
+def terminal(groups):
+    """Verdicts and the table of each group as plain text."""
+    parts = []
+    for g in groups:
+        said = "\n".join(f"- {line}" for line in [*tables.verdicts(g), *g["cautions"]])
+        parts += [
+            f"== {tables.title(g)}",
+            said.replace("**", ""),
+            tables.plain(tables.main_table(g)),
+        ]
+    return "\n\n".join(parts)
+
+
+def fill(files, groups):
+    """Renew what stands between <!-- NAME --> and <!-- /NAME --> in other pages.
+
+    NAME is one of SECTIONS: verdicts (with the cautions), table (the main one), pairs (every
+    statistic), rates (dev score by learning rate), scores, costs, runs (sizes, settings, machines).
+    All groups on real data stand there, or with <!-- NAME sst2 --> those of that data set.
+    """
+
+    def renew(found):
+        opening, name, dataset, closing = found.groups()
+        wanted = [g for g in groups if g["dataset"] == dataset or not dataset]
+        wanted = [g for g in wanted if dataset or g["dataset"] not in DEMOS]
+        parts = [f"**{tables.title(g)}**\n\n{SECTIONS[name](g)}\n\n" for g in wanted]
+        return f"{opening}\n{''.join(parts) or 'No results yet.'}{closing}"
+
+    for file in files:
+        file.write_text(MARK.sub(renew, file.read_text("utf-8")), "utf-8", newline="\n")

@@ -1,0 +1,230 @@
+"""Result files in, runs out: each usable result once, one line for each text that is none.
+
+A run is the dict of its file (schema 2) with what compare.py derives from it. Accuracies are in
+percent, perplexities in 100·ln(perplexity), so that a difference of 1 is about 1 percent.
+"""
+
+import base64
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from harness.process import fail, first_line
+
+METHODS = {  # in the order of every table
+    "head_only": "Head only",
+    "full": "Full fine-tuning",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "hira": "HiRA",
+    "sparse_lora": "Sparse LoRA",
+    "hybrid": "Hybrid",
+}
+DATASETS = {"sst2": "SST-2", "imdb": "IMDB", "wikitext2": "WikiText-2"}
+DEMOS = {"demo": "Demo", "demo_lm": "Demo text"}
+METRICS = {"classification": "accuracy", "mlm": "mlm_perplexity", "clm": "causal_perplexity"}
+SIGN = {"classification": 1, "mlm": -1, "clm": -1}  # -1: less is better
+# Settings that say where a run found its data, or how it split a batch: they may differ in a row.
+FREE = {"dataset", "model", "dataset folder", "model folder", "train_samples", "test_samples"}
+FREE |= {"batch_size", "eval_batch_size", "grad_accum"}
+COSTS = ("metrics", "parameters", "memory", "flops", "disk", "inference", "time")
+
+
+def label(method, name):
+    """A row's name in tables: lora-rank32 is "LoRA rank32"."""
+    rest = name.removeprefix(method)
+    if rest == name:
+        return f"{METHODS.get(method, method)} ({name})"
+    if method == "head_only" and rest == "-untrained":
+        return "Untrained base"
+    return METHODS.get(method, method) + rest.replace("-", " ")
+
+
+def row_order(row):
+    """Sorts rows: the untrained last; methods in their order, the default variant first, 2 < 32."""
+    place = [*METHODS, row["method"]].index(row["method"])
+    number = re.sub(r"\d+", lambda digits: digits[0].zfill(9), row["name"])
+    return row["untrained"], place, row["method"], row["name"] != row["method"], number
+
+
+def group_order(runs):
+    """Sorts groups of runs: our data sets, a user's own, demos; of one data set the largest first."""
+    run = runs[0]
+    place = [*DATASETS, *({run["dataset"]} - DEMOS.keys()), *DEMOS].index(run["dataset"])
+    return place, run["dataset"], -len(runs), run["scored"], run["trained"]
+
+
+def on_scale(score, task):
+    """A score on the scale on which scores are compared: percent, or 100·ln(perplexity)."""
+    return 100 * score if task == "classification" else 100 * math.log(score)
+
+
+def natural(x, task):
+    """A score from that scale: percent of right answers, or the perplexity."""
+    return float(x if task == "classification" else math.exp(x / 100))
+
+
+def in_units(x, task):
+    """A difference on that scale: in points of accuracy, or in percent of the perplexity."""
+    return float(x if task == "classification" else 100 * math.expm1(x / 100))
+
+
+def margin_on_scale(margin, task):
+    """A margin in points or percent of the perplexity, on the scale of comparison."""
+    return margin if task == "classification" else 100 * math.log1p(margin / 100)
+
+
+def row_values(run):
+    """What each test row says of a run's score: (rows,), whose mean is the score.
+
+    Accuracy: 100 for a right answer, 0 for a wrong one. Perplexity: 100·ln is a ratio of sums,
+    100·Σ nll / Σ scored; a block's value is that ratio and the block's part of its first-order error
+    (linearised ratio estimator; Cochran 1977, chapter 6).
+    """
+    if "correct" in run["rows"]:
+        bits = np.frombuffer(base64.b64decode(run["rows"]["correct"]), np.uint8)
+        return 100.0 * np.unpackbits(bits)[: run["data"]["test"]]
+    nll, scored = (np.array(run["rows"][key], float) for key in ("nll", "scored"))
+    loss = nll.sum() / scored.sum()
+    return 100 * (loss + (nll - loss * scored) / scored.mean())
+
+
+def read_run(text):
+    """One result as a dict, with what is derived from it; an exception says why it is unusable."""
+    try:
+        run = json.loads(text)
+    except ValueError:
+        raise ValueError("not JSON; torn or empty?") from None
+    if not isinstance(run, dict) or run.get("schema") != 2:
+        raise ValueError("not a result of this version (schema 2)")
+    data, flags = run["data"], run["settings"]
+    for split in ("dev", "test"):
+        score = run["metrics"][split][METRICS[data["task"]]]
+        run[split] = on_scale(score, data["task"])
+    values = row_values(run)
+    if len(values) != data["test"] or not abs(values.mean() - run["test"]) < 0.01:
+        raise ValueError("`rows` does not fit the test score")
+    if not math.isfinite(run["dev"] + run["lr"] + run["seed"]) or len(values) < 2:
+        raise ValueError("a number is not finite, or there are fewer than two test rows")
+    for key in ("method", "name", "dataset", "model"):
+        run[key] = Path(run[key]).name
+    run["lr"] = 0.0 if run["untrained"] else run["lr"]
+    rows_a_step = flags["batch_size"] * flags["grad_accum"] * run["environment"]["processes"]
+    scored = [run["dataset"], data["task"], run["base"]["sha256"], data["test_sha256"]]
+    scored += [data["test"], flags["max_length"]]
+    trained = [data["train"], data["dev"], flags["epochs"], flags["max_steps"], rows_a_step]
+    run["scored"], run["trained"] = json.dumps(scored), json.dumps([*trained, flags["head_lr"]])
+    run["kept"] = {key: x for key, x in sorted(flags.items()) if key not in FREE}
+    for timing in run["inference"]:
+        timing["as trained"] = timing.get("unmerged", timing["base"])
+    run["inference"] = {str(timing["batch"]): timing for timing in run["inference"]}
+    if not run["environment"]["device"].startswith("cuda"):
+        run.get("time", {}).pop("accelerator_hours", None)  # of a GPU alone
+    for phase in ("train", "inference"):
+        if run["memory"]:
+            run["memory"][phase]["peak"] = sum(run["memory"][phase].values())
+    return run
+
+
+def load(paths, price=None):
+    """(runs, skipped): each usable run once, and one line for each text that is none."""
+    texts, runs, skipped = [], {}, []
+    for path in map(Path, paths):
+        files = sorted(path.glob("*.json*")) if path.is_dir() else [path]
+        if not path.exists():
+            fail(f"{path}: no such file or folder; `python lora.py` writes into results/")
+        for file in (file for file in files if file.suffix in (".json", ".jsonl")):
+            whole = file.read_bytes() if file.is_file() else b""
+            lines = whole.splitlines() if file.suffix == ".jsonl" else []
+            lines = [(f"{file.name}:{i + 1}", line) for i, line in enumerate(lines) if line.strip()]
+            texts += [(name, text, file) for name, text in lines or [(file.name, whole)]]
+    for name, text, file in sorted(texts):  # by name and content, wherever the files lie
+        try:
+            run = read_run(text) | {"file": name}
+            if price and "accelerator_hours" in run.get("time", {}):
+                run["time"]["cost"] = price * run["time"]["accelerator_hours"]
+            same = [
+                run[key] for key in ("scored", "trained", "method", "name", "seed", "lr", "kept")
+            ]
+            first = runs.setdefault(json.dumps(same), run)
+            reason = None if first is run else f"the same run as {first['file']}"
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
+        except RecursionError:
+            reason = "not a result file"
+        if reason:
+            skipped.append(f"{name}: {reason}")
+            print(f"compare.py: skipped {file.parent / name}: {reason}", file=sys.stderr)
+    if not runs:
+        fail(f"no usable result in {', '.join(map(str, paths))}; `python lora.py` makes one")
+    return list(runs.values()), skipped
+
+
+def numbers(tree, path=""):
+    """{dotted path: number} of every number in nested dicts."""
+    if isinstance(tree, dict):
+        found = [numbers(part, f"{path}.{key}".strip(".")) for key, part in tree.items()]
+        return {key: x for part in found for key, x in part.items()}
+    return {path: tree} if isinstance(tree, int | float) else {}
+
+
+def mean_numbers(runs):
+    """{dotted path: mean over the runs that have it}: scores and costs. Times of timed runs only."""
+    found = {}
+    for run in runs:
+        kept = COSTS if run["inference"] else COSTS[:-1]
+        for path, x in numbers({key: run.get(key) for key in kept}).items():
+            found.setdefault(path, []).append(x)
+    return {path: float(np.mean(x)) for path, x in found.items()}
+
+
+def listed(found):
+    return "; ".join(f"{label}: {what}" for label, what in found.items()) + "."
+
+
+def cautions(rows, odd):
+    """Sentences on what makes the comparison less fair than it looks."""
+    rows, said = [row for row in rows if not row["untrained"]], []
+    tested = [row for row in rows if row["tested"]]
+
+    def say(words, found):
+        if found:
+            said.append(f"{words} {listed(found)}")
+
+    if len({len(row["rates"]) for row in tested}) > 1:
+        found = {row["label"]: len(row["rates"]) for row in tested}
+        say("Unequal numbers of learning rates to choose from, so no verdict.", found)
+    if odd:
+        seeds = ", ".join(map(str, odd))
+        said.append(f"No verdict: the training or dev rows are not the same at seed {seeds}.")
+    found = {row["label"]: f"{row['rates'][0]:g}" for row in tested if len(row["rates"]) == 1}
+    say("Not tuned, one learning rate only.", found)
+    found = {}
+    for row in rows:
+        edges = [rate for rate in row["chosen"] if rate in (row["rates"][0], row["rates"][-1])]
+        if len(row["rates"]) > 1 and len(edges) > len(row["seeds"]) / 3:
+            found[row["label"]] = f"{len(edges)} of {len(row['seeds'])} seeds"
+    say("Chosen at the edge of the rates tried, so a better one may lie beyond.", found)
+    found = {
+        row["label"]: ", ".join(f"seed {seed} has {n}" for seed, n in row["incomplete"].items())
+        + f" of {len(row['rates'])}"
+        for row in rows
+        if row["incomplete"]
+    }
+    say("Left out, because not all rates have run.", found)
+    every = {seed for row in tested for seed in row["seeds"]}
+    found = {
+        row["label"]: ", ".join(map(str, sorted(every.difference(row["seeds"]))))
+        for row in tested
+        if every.difference(row["seeds"])
+    }
+    say("Missing seeds; a pair uses those that both have.", found)
+    for key in sorted({key for row in tested for key in row["settings"]}):
+        found = {row["label"]: row["settings"][key] for row in tested if key in row["settings"]}
+        if len(set(map(str, found.values()))) > 1:
+            say(f"--{key} differs.", found)
+    return said

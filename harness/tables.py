@@ -1,0 +1,238 @@
+"""Numbers to words and tables. A table is a list of rows, a row is {header: text}.
+
+The numbers come from compare.analyse (a group is one of its dicts); here they get their form.
+"""
+
+import math
+
+from harness.results import DATASETS, DEMOS, METRICS
+
+SCORES = {"accuracy": "accuracy, %", "mlm_perplexity": "masked-LM perplexity"}
+SCORES |= {"causal_perplexity": "causal perplexity"}
+MIB = 1 / 2**20
+# columns: (header, place in a row's costs, factor, form)
+COLUMNS = (
+    ("trained weights", "parameters.trainable", 1, ",.0f"),
+    ("peak MiB", "memory.train.peak", MIB, ",.0f"),
+    ("GFLOP a step", "flops.step", 1e-9, ",.1f"),
+    ("adapter MiB", "disk.adapter", MIB, ",.2f"),
+    ("training s", "time.train_seconds", 1, ",.1f"),
+    ("inference rows/s", "inference.32.as trained.samples_per_second", 1, ",.0f"),
+)
+DETAILS = (  # (heading, beginning of the places, factor)
+    ("Scores", "metrics", 1),
+    ("Parameters", "parameters", 1),
+    ("Memory in training, MiB", "memory.train", MIB),
+    ("Memory in inference, MiB", "memory.inference", MIB),
+    ("Work, GFLOP", "flops", 1e-9),
+    ("Disk, MiB", "disk", MIB),
+    ("Training time", "time", 1),
+    ("Inference, one row", "inference.1", 1),
+    ("Inference, 32 rows", "inference.32", 1),
+)
+
+
+# ---------------------------------------------------------------------------------- words, numbers
+
+
+def title(g):
+    return f"{(DATASETS | DEMOS).get(g['dataset'], g['dataset'])} with {g['model']}"
+
+
+def amount(g, text):
+    """A size with its unit: "1 point", "0.67 points", "2 % in perplexity"."""
+    if g["task"] != "classification":
+        return f"{text} % in perplexity"
+    return f"{text} point" if text == "1" else f"{text} points"
+
+
+def margin(g):
+    return amount(g, f"{g['margin']:g}")
+
+
+def number(x, form):
+    return f"{x:{form}}" if x is not None and math.isfinite(x) else ""
+
+
+def span(ends, form):
+    return f"{ends[0]:{form}} to {ends[1]:{form}}" if math.isfinite(ends[0]) else ""
+
+
+def with_span(x, ends, form):
+    inside = span(ends, form)
+    return f"{x:{form}} ({inside})" if inside else number(x, form)
+
+
+def minus(pair, key="both"):
+    """A difference and one of its intervals, where there are two shared seeds or more."""
+    return with_span(pair["mean"], pair["intervals"][key], "+.2f") if pair["intervals"] else ""
+
+
+def listing(words):
+    """Words as "a", "a and b", "a, b and c"."""
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
+def needs(pair):
+    """What would bring an undecided pair a verdict."""
+    if pair["needs"] is None:
+        return "too close to the margin for more seeds or rows to decide"
+    seeds, rows = pair["needs"]
+    more = [f"{seeds} seeds"] if seeds > len(pair["seeds"]) else []
+    more += [f"{float(f'{rows:.2g}'):,.0f} test rows"] if rows > pair["test_rows"] else []
+    return f"about {listing(more)} would decide"
+
+
+def verdicts(g):
+    """The sentences on top: who is better, who is equal, what is undecided and why."""
+    said, pairs = [], g["pairs"]
+    for name in dict.fromkeys(pair["better"] for pair in pairs if pair["verdict"] == "better"):
+        beaten = []
+        for pair in (pair for pair in pairs if pair["better"] == name):
+            other = pair["b"] if pair["a"] == name else pair["a"]
+            mean, low, high = pair["lead"]
+            inside = ", within the margin" if pair["equal"] else ""
+            size = f"{amount(g, f'{mean:.2f}')} (95 % interval {low:.2f} to {high:.2f}{inside})"
+            beaten.append(f"than {other} by {size}")
+        said.append(f"**{name} is better** {listing(beaten)}.")
+    for verdict, words in (
+        ("equal", f"Equal within {margin(g)}"),
+        ("undecided", "Undecided"),
+    ):
+        found = []
+        for pair in (pair for pair in pairs if pair["verdict"] == verdict):
+            inside = f"90 % interval {span(pair['intervals']['both, 90 %'], '+.2f')}"
+            inside = inside if verdict == "equal" else needs(pair)
+            found.append(f"{pair['a']} and {pair['b']} ({pair['mean']:+.2f}; {inside})")
+        if found:
+            said.append(f"**{words}:** {'; '.join(found)}.")
+    for why in dict.fromkeys(pair["why"] for pair in pairs if pair["verdict"] == "none"):
+        found = [f"{pair['a']} and {pair['b']}" for pair in pairs if pair["why"] == why]
+        which = "on any pair" if len(found) == len(pairs) else f"on {'; '.join(found)}"
+        said.append(f"**No verdict** {which}: {why}.")
+    if not pairs:
+        said.append("**No verdict:** fewer than two of the four methods have a tuned run.")
+    if g["power"]:
+        seeds, rows = g["power"]["seeds"], g["power"]["rows"]
+        found, equal = (f"{100 * g['power'][key]:.0f} %" for key in ("found", "equal"))
+        said.append(
+            f"What this study can see ({seeds} seeds, {rows:,} test rows, the spread found): a true "
+            f"difference of {margin(g)} in at least {found} of such studies; a true 0 is called "
+            f"equal in {equal}."
+        )
+    return said
+
+
+# ----------------------------------------------------------------------------------------- tables
+
+
+def detail_table(g, start, factor):
+    """Every mean number of the tuned runs whose place begins with `start`."""
+    places = {place: None for row in g["rows"] for place in row["costs"]}
+    places = [place for place in places if place.startswith(f"{start}.")]
+    table = []
+    for row in g["rows"]:
+        cells = {"method": row["label"]}
+        for place in places:
+            x = row["costs"].get(place, math.nan) * factor
+            head = place.removeprefix(f"{start}.").replace(".", " ").replace("_", " ")
+            cells[head] = number(x, ",.0f" if abs(x) >= 1000 else ".4g")
+        table.append(cells)
+    return table if places else []
+
+
+def main_table(g):
+    """Tuned score, difference from LoRA, costs: the table below the verdicts."""
+    score, unit = SCORES[METRICS[g["task"]]], "points" if g["task"] == "classification" else "%"
+    table = []
+    for row in g["rows"]:
+        cells = {
+            "method": row["label"],
+            "rates × seeds": ""
+            if row["untrained"]
+            else f"{len(row['rates'])} × {len(row['seeds'])}",
+        }
+        cells[score] = with_span(row["score"], row["interval"], ".2f")
+        cells[f"minus LoRA, {unit}"] = minus(row["beside"]) if row["beside"] else ""
+        for head, place, factor, form in COLUMNS:
+            cells[head] = number(row["costs"].get(place, math.nan) * factor, form)
+        table.append(cells)
+    return table
+
+
+def rate_table(g):
+    """Mean dev score at each rate, and in how many seeds it was chosen: "83.1 (4)"."""
+    rates = sorted({rate for row in g["rows"] for rate in row["rates"] if not row["untrained"]})
+    table = []
+    for row in (row for row in g["rows"] if not row["untrained"]):
+        cells = {"method": row["label"]}
+        for rate in rates:
+            dev = row["dev"].get(rate, [])
+            often = row["chosen"].count(rate)
+            mean = f"{sum(dev) / len(dev):.2f}" if dev else ""
+            cells[f"{rate:g}"] = f"{mean} ({often})" if often else mean
+        table.append(cells)
+    return table
+
+
+def pair_table(pairs):
+    """Every statistic of every pair; rows beside LoRA have no p."""
+    table = []
+    for pair in (pair for pair in pairs if pair["intervals"]):
+        tested = pair["p_holm"] is not None
+        table.append(
+            {
+                "pair": f"{pair['a']} − {pair['b']}",
+                "seeds": str(len(pair["seeds"])),
+                "difference": f"{pair['mean']:+.2f}",
+                "95 %, both noises": span(pair["intervals"]["both"], "+.2f"),
+                "95 %, seeds": span(pair["intervals"]["seeds"], "+.2f"),
+                "95 %, test rows": span(pair["intervals"]["rows"], "+.2f"),
+                "90 %, both": span(pair["intervals"]["both, 90 %"], "+.2f"),
+                "p, seeds": number(pair["p_seeds"], ".2g") if tested else "",
+                "p, both": number(pair["p"], ".2g") if tested else "",
+                "p, Holm": number(pair["p_holm"], ".2g") if tested else "",
+                "verdict": pair["verdict"] if tested else "",
+            }
+        )
+    return table
+
+
+def markdown(table):
+    """A table in Markdown; columns without any entry are left out."""
+    heads = [head for head in table[0] if any(row[head] for row in table)]
+    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
+    lines += [[row[head] or "–" for head in heads] for row in table]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plain(table):
+    """A table for the terminal."""
+    heads = [head for head in table[0] if any(row[head] for row in table)]
+    lines = [heads, *([row[head] or "–" for head in heads] for row in table)]
+    wide = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    lines = [[line[0].ljust(wide[0]), *map(str.rjust, line[1:], wide[1:])] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def settings_table(g):
+    """The settings of each row, in groups of what the row has."""
+    keys = sorted({key for row in g["rows"] for key in row["settings"]})
+    table = []
+    for row in g["rows"]:
+        texts = {key: str(row["settings"].get(key, "")) for key in keys}
+        table.append({"method": row["label"], **texts})
+    return table
+
+
+def environment_table(g):
+    """Where the runs were made, with which code: a line for each place, with its number of runs."""
+    keys = ("device", "cpu", "processes", "threads", "torch", "transformers", "bitsandbytes")
+    places = []
+    for run in g["_runs"]:
+        found = run["environment"]
+        commit = str(found.get("commit"))[:12] + (" (changed)" if found.get("dirty") else "")
+        places.append((*(str(found.get(key)) for key in keys), commit))
+    heads = (*keys, "commit", "runs")
+    lines = [(*place, str(places.count(place))) for place in sorted(set(places))]
+    return [dict(zip(heads, line, strict=True)) for line in lines]
