@@ -157,10 +157,8 @@ def make_row(runs, task):
     if n > 1:
         span = interval(scores.mean(), stats.sem(scores), n - 1)
     return {
+        **{key: first[key] for key in ("method", "name", "untrained")},
         "label": results.label(first["method"], first["name"]),
-        "method": first["method"],
-        "name": first["name"],
-        "untrained": first["untrained"],
         "tested": first["name"] == first["method"] in TESTED and not first["untrained"],
         "settings": first["kept"],
         "rates": rates,
@@ -227,11 +225,10 @@ def judge_pairs(rows, task, margin, odd):
         elif odd:
             pair["why"] = "other training or dev rows at one seed"
         elif p < 0.05:
-            mean, noise, n, m = pair["_seen"]
-            side = 1 if mean > 0 else -1
-            ends = [in_units(side * x, task) for x in interval(mean, *both_noises(noise, n, m))]
-            pair["lead"] = [abs(in_units(side * mean, task)), *sorted(map(abs, ends))]
-            pair |= {"verdict": "better", "better": (a if side == SIGN[task] else b)["label"]}
+            mean, *shape = pair["_seen"]
+            ends = sorted(map(abs, interval(mean, *both_noises(*shape))))
+            pair["lead"] = [abs(in_units(SIGN[task] * x, task)) for x in (abs(mean), *ends)]
+            pair |= {"verdict": "better", "better": (a if mean * SIGN[task] > 0 else b)["label"]}
         elif pair["equal"]:
             pair["verdict"] = "equal"
         else:
@@ -248,8 +245,8 @@ def study_power(pairs, task, margin):
         return None
     n, m = max((n, m) for _, _, n, m in seen)
     noise = np.mean([x for _, x, *shape in seen if shape == [n, m]], axis=0)
-    bound = results.margin_on_scale(margin, task)
-    found, equal = power(noise, n, m, bound, 0.05 / len(pairs))
+    size = n, m, results.margin_on_scale(margin, task)
+    found, equal = power(noise, *size, 0.05 / len(pairs))
     return {"found": found, "equal": equal, "seeds": n, "rows": m}
 
 
@@ -265,7 +262,8 @@ def group_runs(runs):
         for (key, how), found in groups.items():
             if run["scored"] == key and (run["untrained"] or run["trained"] == how):
                 found.append(run)
-    return sorted(groups.values(), key=results.group_order)
+    groups = [sorted(found, key=lambda run: run["untrained"]) for found in groups.values()]
+    return sorted(groups, key=results.group_order)
 
 
 def analyse(runs, margin):
@@ -275,8 +273,7 @@ def analyse(runs, margin):
     for run in runs:
         named.setdefault((run["untrained"], run["method"], run["name"]), []).append(run)
         if not run["untrained"]:
-            drawn = run["data"]["train_sha256"], run["data"]["dev_sha256"]
-            data_of.setdefault(run["seed"], set()).add(drawn)
+            data_of.setdefault(run["seed"], set()).add(run["drawn"])
     every = sorted((make_row(found, task) for found in named.values()), key=results.row_order)
     rows = [row for row in every if row["seeds"]]
     odd = sorted(seed for seed, drawn in data_of.items() if len(drawn) > 1)
@@ -305,23 +302,14 @@ def for_json(x):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="compare.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("compare.py", description=__doc__, formatter_class=raw)
     parser.error, add = fail, parser.add_argument
     add("paths", nargs="+", help="folders (their *.json and *.jsonl, not deeper) or such files")
     add("--out", type=Path, help="folder for README.md and plots (default: the first path's)")
     add("--margin", type=float, help="what is small: points of accuracy, or percent of perplexity")
     add("--price", type=float, help="of an accelerator hour: adds what GPU runs cost")
-    add(
-        "--fill",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="pages: renew <!-- table --> … <!-- /table -->",
-    )
+    add("--fill", type=Path, nargs="+", default=[], help="pages with <!-- table --> marks to renew")
     add("--json", action="store_true", help="print every number as JSON, write nothing")
     add("--no_plots", action="store_true", help="write the page without pictures")
     args = parser.parse_args(argv)

@@ -48,16 +48,17 @@ class HadamardProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B):
-        ctx.save_for_backward(x, weight, A, B)
-        return F.linear(x, high_rank_weight(weight, A, B), bias)
+    def forward(ctx, x, base, A, B):
+        ctx.base = base
+        ctx.save_for_backward(x, A, B)
+        return F.linear(x, high_rank_weight(weight_of(base), A, B), base.bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, A, B = ctx.saved_tensors
+        (x, A, B), weight = ctx.saved_tensors, weight_of(ctx.base)
         dx = grad @ high_rank_weight(weight, A, B) if ctx.needs_input_grad[0] else None
         M = (grad.T @ x).mul_(weight)
-        return dx, None, None, B.T @ M, M @ A.T
+        return dx, None, B.T @ M, M @ A.T
 
 
 class HiRALinear(nn.Module):
@@ -75,14 +76,13 @@ class HiRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        weight = weight_of(self.base)
         # The update is a branch of its own where its input differs, and in bf16, whose 8 bits
         # would round small updates of a weight away.
-        if self.training and self.dropout.p or weight.dtype == torch.bfloat16:
-            return self.base(x) + F.linear(self.dropout(x), weight * (self.B @ self.A))
+        if self.training and self.dropout.p or torch.is_autocast_enabled(x.device.type):
+            update = weight_of(self.base) * (self.B @ self.A)
+            return self.base(x) + F.linear(self.dropout(x), update)
         rows = x.flatten(0, -2)  # a product of matrices is no view: models may change it in place
-        y = HadamardProduct.apply(rows, weight, self.base.bias, self.A, self.B)
-        return y.unflatten(0, x.shape[:-1])
+        return HadamardProduct.apply(rows, self.base, self.A, self.B).unflatten(0, x.shape[:-1])
 
     @property
     def weight(self):  # some models look at a layer's weight, T5 for its dtype

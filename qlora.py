@@ -36,14 +36,16 @@ from harness.store import load_adapter, save_result
 def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
+    parser.add_argument("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
+    parser.add_argument("--dropout", type=share, default=0.0, help="on the adapter's input")
+    nf4_args(parser)
+
+
+def nf4_args(parser):
+    """Add the flags of the 4-bit base."""
     add = parser.add_argument
-    add("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
-    add("--dropout", type=share, default=0.0, help="on the adapter's input")
-    add(
-        "--no_double_quant",
-        action="store_true",
-        help="keep the scales of the 4-bit blocks in fp32: 4.5 instead of 4.127 bits a weight",
-    )
+    double = "keep the scales of the 4-bit blocks in fp32: 4.5 instead of 4.127 bits a weight"
+    add("--no_double_quant", action="store_true", help=double)
     add("--paged", action="store_true", help="bitsandbytes' paged AdamW, CUDA only")
     add(
         "--nf4_backend",
@@ -281,47 +283,35 @@ def find_backend(wanted):
         return "torch"
 
 
-def adapt(base, run):
-    """Quantise the blocks of base.model and put a LoRA beside every target, in place, on the CPU.
+def quantise_blocks(base, run):
+    """Put every linear layer inside base.model's blocks into 4 bits, in place, on the CPU.
 
-    Returns what the experiment must know.
+    Returns the part of a method's dict that is about the base.
     """
     model, backend = base.model, find_backend(run.nf4_backend)
-    targets, names = find_targets(model, run.targets), block_linears(model)
-    weights = sum(weight_of(model.get_submodule(name)).numel() for name in names)
-
-    def quantised(layer):
-        return NF4Linear(layer, not run.no_double_quant, backend)
-
-    def adapted(layer):
-        return QLoRALinear(quantised(layer), run.rank, run.alpha, run.dropout)
-
-    done = replace(model, targets, adapted)
+    names, weights, stored = block_linears(model), 0, 0
     for name in names:
-        if name not in done:
-            model.set_submodule(name, quantised(model.get_submodule(name)))
-    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    stored = sum(tensor.nbytes for layer in layers for tensor in layer.buffers())
+        layer = NF4Linear(model.get_submodule(name), not run.no_double_quant, backend)
+        model.set_submodule(name, layer)
+        weights += layer.shape.numel()
+        stored += sum(tensor.nbytes for tensor in layer.buffers())
     mib, fp32 = stored / 2**20, weights * 4 / 2**20
-    say(f"{len(layers)} linear layers in NF4 by {backend}: {mib:.1f} MiB, {fp32:.1f} in fp32")
+    say(f"{len(names)} linear layers in NF4 by {backend}: {mib:.1f} MiB, {fp32:.1f} in fp32")
     # A mixture of experts keeps its experts as parameters of three dimensions, not as layers.
     other = sum(t.numel() for n, t in model.named_parameters() if t.ndim > 2 and n not in base.head)
     if other:
         share = 100 * other / (other + weights)
         say(f"not in NF4: {other:,} weights in no linear layer, {share:.0f} % of the blocks'")
-    peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
-    peft |= {"lora_alpha": run.alpha, "lora_dropout": run.dropout}
     info = {
         "backend": backend,
         "double_quant": not run.no_double_quant,
-        "layers": len(layers),
+        "layers": len(names),
         "weights": weights,
         "weights_not_quantised": other,
         "bytes_nf4": stored,
         "paged": run.paged and "cuda" in run.device,
     }
-    method = {"peft": peft, "settings": {"targets": targets}, "info": lambda: info}
-    method["stored"] = ":nf4-single" if run.no_double_quant else ":nf4"
+    method = {"info": lambda: info, "stored": ":nf4-single" if run.no_double_quant else ":nf4"}
     if info["paged"]:
         try:
             from bitsandbytes.optim import PagedAdamW32bit
@@ -331,6 +321,15 @@ def adapt(base, run):
     elif run.paged:
         say("--paged needs CUDA; going on with plain AdamW, whose steps are the same")
     return method
+
+
+def adapt(base, run):
+    """Adapt every target layer of base.model, in place; returns what the experiment must know."""
+    method, targets = quantise_blocks(base, run), find_targets(base.model, run.targets)
+    replace(base.model, targets, lambda layer: QLoRALinear(layer, run.rank, run.alpha, run.dropout))
+    peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
+    peft |= {"lora_alpha": run.alpha, "lora_dropout": run.dropout}
+    return method | {"peft": peft, "settings": {"targets": targets}}
 
 
 def main(argv=None):

@@ -33,7 +33,7 @@ from torch import nn
 
 from common import evaluate, load_base, load_data, measure, replace, train
 from harness.flags import adapter_args, natural, non_negative, parse_args, positive, runs, share
-from harness.models import block_linears, find_targets, weight_of
+from harness.models import block_linears, find_targets, is_linear, weight_of
 from harness.process import fail
 from harness.store import load_adapter, save_result
 
@@ -54,44 +54,26 @@ def add_args(parser):
     add = parser.add_argument
     add("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
     add("--dropout", type=share, default=0.0, help="on the adapter's input")
-    add(
-        "--mode",
-        choices=["prune", "contextual"],
-        default="prune",
-        help="prune: a sparse adapter; contextual: sparse computation, the cited paper",
-    )
+    modes = "prune: a sparse adapter; contextual: sparse computation, the cited paper"
+    add("--mode", choices=["prune", "contextual"], default="prune", help=modes)
     add("--sparsity", type=share, default=0.5, help="prune: share of A and B that ends as zero")
-    add(
-        "--penalty",
-        type=non_negative,
-        default=0.0,
-        help="prune: L1 penalty, relative to Adam's step; 0.03 to 1 are useful",
-    )
-    add(
-        "--structure",
-        choices=["none", "rank"],
-        default="none",
-        help="prune: none removes single numbers, rank whole components of A and B",
-    )
-    add(
-        "--channel_sparsity",
-        type=share,
-        default=0.9,
-        help="contextual: share of the feed-forward channels left out in the deep layers",
-    )
+    penalty = "prune: L1 penalty, relative to Adam's step; 0.03 to 1 are useful"
+    add("--penalty", type=non_negative, default=0.0, help=penalty)
+    structure = "prune: none removes single numbers, rank whole components of A and B"
+    add("--structure", choices=["none", "rank"], default="none", help=structure)
+    contextual_args(parser)
+
+
+def contextual_args(parser):
+    """Add the flags of the contextual mode."""
+    add = parser.add_argument
+    left_out = "contextual: share of the feed-forward channels left out in the deep layers"
+    add("--channel_sparsity", type=share, default=0.9, help=left_out)
     add("--dense_layers", type=natural, help="contextual: so many stay dense (default: half)")
-    add(
-        "--dense_tokens",
-        choices=["scored", "none"],
-        default="scored",
-        help="contextual: tokens that stay dense: those that the loss reads (gated: none), or none",
-    )
-    add(
-        "--estimator",
-        choices=["sample", "svd"],
-        default="sample",
-        help="contextual: score channels exactly on 64 to 127 rows, or on all by a rank-8 SVD",
-    )
+    dense = "contextual: tokens that stay dense: those that the loss reads (gated: none), or none"
+    add("--dense_tokens", choices=["scored", "none"], default="scored", help=dense)
+    scores = "contextual: score channels exactly on 64 to 127 rows, or on all by a rank-8 SVD"
+    add("--estimator", choices=["sample", "svd"], default="sample", help=scores)
 
 
 # -------------------------------------------------------------------------------------- the maths
@@ -320,10 +302,8 @@ def slice_blocks(base, run, switch):
     *ways_in, way_out = found[0]
     names = [name for name in linears if name.endswith(f".{ways_in[0]}")]
     blocks = [name.removesuffix(ways_in[0]) for name in names]
-    encoder = (
-        len(ways_in) == 1
-    )  # a causal LM's loss reads every row: gated decoders keep none dense
-    dense = run.dense_tokens == "scored" and encoder
+    # A causal LM's loss reads every row: gated decoders keep none dense.
+    dense = run.dense_tokens == "scored" and len(ways_in) == 1
     first = len(blocks) // 2 if run.dense_layers is None else run.dense_layers
     if first >= len(blocks):
         fail(f"--dense_layers {first}: the model has {len(blocks)} layers, so none would be sliced")
@@ -338,21 +318,19 @@ def slice_blocks(base, run, switch):
     for i, block in enumerate(blocks):
         layers = [model.get_submodule(block + name) for name in (*ways_in, way_out)]
         for name, layer in zip((*ways_in, way_out), layers, strict=True):
-            if not isinstance(layer, nn.Linear):
+            if not is_linear(layer):
                 fail(f"--targets: {name} is sliced by --mode contextual; name attention layers")
         left_out = layer_sparsity(i, len(blocks), run.channel_sparsity, first)
         if left_out == 0 or base.last_block_cut and i == len(blocks) - 1:
             continue
-        keep = max(1, round(layers[0].out_features * (1 - left_out)))
+        keep = max(1, round(len(layers[0].weight) * (1 - left_out)))
         channels = Channels(keep, switch, rows, scorer(layers[:-1], act, run))
         for name, layer in zip(ways_in, layers, strict=False):
             model.set_submodule(block + name, WayIn(layer, channels, first=layer is layers[0]))
         model.set_submodule(block + way_out, WayOut(layers[-1], channels))
         kept[block.rstrip(".")] = keep
     if not kept:
-        fail(
-            "--mode contextual: all blocks would stay dense; the last one does, whose rows are read"
-        )
+        fail("--mode contextual: all blocks would stay dense, as the last one does")
     return kept
 
 
@@ -369,41 +347,33 @@ def scorer(layers, act, run):
 # ------------------------------------------------------------------------------------- the method
 
 
-def adapt(base, run):
-    """Adapt every target layer of base.model, in place; returns what the experiment must know."""
-    of_mode = {
-        "prune": {"sparsity": 0.5, "structure": "none", "penalty": 0.0},
-        "contextual": {
-            "channel_sparsity": 0.9,
-            "dense_layers": None,
-            "dense_tokens": "scored",
-            "estimator": "sample",
-        },
-    }
-    for mode, flags in of_mode.items():
-        for flag, default in flags.items():
-            if mode != run.mode and getattr(run, flag) != default:
-                fail(f"--{flag} {getattr(run, flag)}: only with --mode {mode}, not {run.mode}")
+def add_loras(base, run):
+    """Put a LoRA beside every target layer, in place: (their names, a method's dict so far)."""
     targets = find_targets(base.model, run.targets)
 
     def adapted(layer):
         return LoRALinear(layer, run.rank, run.alpha, run.dropout)
 
     names = replace(base.model, targets, adapted)
-    layers = [base.model.get_submodule(name) for name in names]
     peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
     peft |= {"lora_alpha": run.alpha, "lora_dropout": run.dropout}
-    method = {"peft": peft, "settings": {"targets": targets}}
+    return names, {"peft": peft, "settings": {"targets": targets}}
 
-    if run.mode == "contextual":
-        switch = {"on": False}
-        kept = slice_blocks(base, run, switch)
 
-        def switch_on(step, total, lr):
-            switch["on"] = step >= 0.05 * total  # the first steps are dense (section 3.3)
+def add_contextual(base, run):
+    """Slice the feed-forward layers, in place; returns a method's dict without the adapter."""
+    switch = {"on": False}
+    kept = slice_blocks(base, run, switch)
 
-        return {**method, "after_step": switch_on, "info": lambda: {"channels_kept": kept}}
+    def after_step(step, total, lr):
+        switch["on"] = step >= 0.05 * total  # the first steps are dense (section 3.3)
 
+    return {"after_step": after_step, "info": lambda: {"channels_kept": kept}}
+
+
+def add_pruning(base, run, names, peft):
+    """Prune the LoRAs of these names while they train; returns a method's dict without the rest."""
+    layers = [base.model.get_submodule(name) for name in names]
     for layer in layers:
         layer.register_buffer("mask_A", torch.ones_like(layer.A, dtype=torch.bool))
         layer.register_buffer("mask_B", torch.ones_like(layer.B, dtype=torch.bool))
@@ -421,7 +391,21 @@ def adapt(base, run):
         ranks = {name: len(a) for name, a in zip(names, A, strict=True)}
         return {"sparsity": {"A": zeros(A), "B": zeros(B), "BA": zeros(updates)}, "ranks": ranks}
 
-    return {**method, "after_step": after_step, "info": info}
+    return {"after_step": after_step, "info": info}
+
+
+def adapt(base, run):
+    """Adapt every target layer of base.model, in place; returns what the experiment must know."""
+    others = {"structure": "none", "penalty": 0.0}  # what the other mode would take no notice of
+    if run.mode == "prune":
+        others = {"dense_layers": None, "dense_tokens": "scored", "estimator": "sample"}
+    for flag, default in others.items():
+        if getattr(run, flag) != default:
+            fail(f"--{flag} {getattr(run, flag)}: not with --mode {run.mode}")
+    names, method = add_loras(base, run)
+    if run.mode == "contextual":
+        return method | add_contextual(base, run)
+    return method | add_pruning(base, run, names, method["peft"])
 
 
 def main(argv=None):

@@ -134,8 +134,10 @@ def checkpoint_activations(name, model):
 
 
 def is_linear(module):
-    """nn.Linear, or GPT-2's Conv1D, a transposed linear layer."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """nn.Linear, GPT-2's Conv1D (transposed), or a frozen stand-in: 4-bit layers have no keys."""
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return True
+    return hasattr(module, "merged_weight") and not module.keys
 
 
 def weight_of(layer):

@@ -94,7 +94,7 @@ MARK = re.compile(rf"(<!-- ({NAMES})(?: (\S+))? -->\n).*?(<!-- /\2 -->)", re.DOT
 def group_page(g, pictures):
     """A group's part of the page: verdicts, table, pictures, and the rest folded."""
     folded = {
-        "Dev score at each learning rate, mean over seeds (in how many it was chosen)": rates(g),
+        "Dev score at each learning rate": rates(g),
         "Every pair": pairs(g),
         "Scores of the tuned runs": scores(g),
         "Costs of the tuned runs": costs(g),

@@ -17,7 +17,7 @@ LOOKS = {  # a method's colour and marker
     "qlora": ("#ee9a1f", "s"),
     "hira": ("#16a37f", "D"),
     "sparse_lora": ("#cf5f9e", "^"),
-    "hybrid": ("#8a6fe0", "*"),
+    "hybrid": ("#8a6fe0", "v"),
 }
 INK, FAINT = "#7a828c", "#8a929c40"  # text; grids and areas behind
 PARTS = (  # of memory: words, keys in a result file, colour
@@ -77,7 +77,7 @@ def versus_lora(g):
 
 
 def forest(g, path):
-    """Difference from LoRA: mean, intervals over seeds and of both noises, seeds as dots, margin."""
+    """Difference from LoRA: mean, intervals of seeds and of both noises, seeds as dots, margin."""
     rows = [row for row in g["rows"] if row["beside"] and row["beside"]["intervals"]]
     rows = [row for row in rows if row["method"] != "head_only"][::-1]  # far away from the others
     if not rows:
@@ -125,7 +125,7 @@ def rates(g, path):
             own = [row for row in rows if row["method"] == method]
             for row, dashes in zip(own, ("-", "--", ":", "-.") * len(own), strict=False):
                 name = row["label"] if row["name"] != method else None
-                style = look(row) | {"ls": dashes, "ms": 5, "label": name}
+                style = look(row) | {"ls": dashes, "ms": 5, "mew": 1.2, "label": name}
                 axes.plot(row["rates"], means[row["label"]], **style)
                 if row is own[0]:
                     low, high = ([end(x) for x in row["dev"].values()] for end in (min, max))

@@ -108,7 +108,9 @@ def read_run(text):
     values = row_values(run)
     if len(values) != data["test"] or not abs(values.mean() - run["test"]) < 0.01:
         raise ValueError("`rows` does not fit the test score")
-    if not math.isfinite(run["dev"] + run["lr"] + run["seed"]) or len(values) < 2:
+    run["drawn"] = str(data["train_sha256"]), str(data["dev_sha256"])  # differ from seed to seed
+    numbers_ = run["dev"], run["lr"], run["seed"], data["train"], data["dev"], data["official"]
+    if not math.isfinite(sum(numbers_)) or len(values) < 2:
         raise ValueError("a number is not finite, or there are fewer than two test rows")
     for key in ("method", "name", "dataset", "model"):
         run[key] = Path(run[key]).name

@@ -70,7 +70,7 @@ def changing(model):
 def identity(run, base, data):
     """What a checkpoint shares with the run that continues it: all but scoring's batch size."""
     kept = {key: value for key, value in run.settings.items() if key != "eval_batch_size"}
-    return json.dumps([kept, run.lr, run.seed, base.sha256, data.sha256, world()])
+    return json.dumps([kept, run.lr, run.seed, base.sha256, data.description, world()])
 
 
 def save_checkpoint(run, base, data, optimizer, history):
@@ -300,14 +300,15 @@ def save_result(base, data, run, method, history, scores, costs=None):
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     adapter = save_adapter(run, base, method, data.task)
+    if costs and "sparsity" in info:
+        result["parameters"]["sparsity"] = info.pop("sparsity")
     if costs:
         result["disk"] = {"adapter": adapter, **costs["disk"]}
     with replacing(run.path, "result") as path:
         path.write_text(json.dumps(result) + "\n")
     run.path.with_suffix(".checkpoint").unlink(missing_ok=True)
     if costs:
-        say(
-            f"trained {history.step:,} steps in {sum(history.laps):.1f} s; wrote {run.path} and the "
-            f"adapter ({adapter / 2**20:.1f} MiB) beside it"
-        )
+        seconds, size = sum(history.laps), adapter / 2**20
+        done = f"trained {history.step:,} steps in {seconds:.1f} s"
+        say(f"{done}; wrote {run.path}, and the adapter ({size:.1f} MiB) beside it")
     return run.path

@@ -161,17 +161,16 @@ def main_table(g):
 
 
 def rate_table(g):
-    """Mean dev score at each rate, and in how many seeds it was chosen: "83.1 (4)"."""
-    rates = sorted({rate for row in g["rows"] for rate in row["rates"] if not row["untrained"]})
+    """Mean dev score at each rate, and in how many seeds it was chosen."""
     table = []
     for row in (row for row in g["rows"] if not row["untrained"]):
-        cells = {"method": row["label"]}
-        for rate in rates:
-            dev = row["dev"].get(rate, [])
+        cells = []
+        for rate, dev in row["dev"].items():
             often = row["chosen"].count(rate)
-            mean = f"{sum(dev) / len(dev):.2f}" if dev else ""
-            cells[f"{rate:g}"] = f"{mean} ({often})" if often else mean
-        table.append(cells)
+            cells.append(
+                f"{rate:g}: {sum(dev) / len(dev):.2f}" + (f" ({often} ×)" if often else "")
+            )
+        table.append({"method": row["label"], "rate: dev score (chosen)": "; ".join(cells)})
     return table
 
 
@@ -192,7 +191,7 @@ def pair_table(pairs):
                 "p, seeds": number(pair["p_seeds"], ".2g") if tested else "",
                 "p, both": number(pair["p"], ".2g") if tested else "",
                 "p, Holm": number(pair["p_holm"], ".2g") if tested else "",
-                "verdict": pair["verdict"] if tested else "",
+                "verdict": f"{pair['better']} better" if pair["better"] else pair["verdict"],
             }
         )
     return table

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 import common
 import hira
+import hybrid
 import lora
 import qlora
 import sparse_lora
@@ -41,6 +42,11 @@ EVERY = {  # each way of training: its script and flags
     "qlora": (qlora, ["--nf4_backend", "torch"]),
     "prune": (sparse_lora, []),
     "contextual": (sparse_lora, ["--mode", "contextual", "--dense_layers", 0]),
+    "qhira": (hybrid, ["--nf4_backend", "torch"]),
+    "sparse qlora": (
+        hybrid,
+        ["--update", "contextual", "--dense_layers", 0, "--nf4_backend", "torch"],
+    ),
 }
 
 

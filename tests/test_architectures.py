@@ -94,6 +94,7 @@ def architecture(tmp_path_factory):
 
 
 def refusal(kind, method):
+    method = method.replace("sparse qlora", "contextual")
     return REFUSED.get((kind, method)) or REFUSED.get((kind, "every adapter"))
 
 
