@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from harness import meters, models
+from harness.export import export
 from harness.flags import parse_args, runs
 from harness.process import explain_out_of_memory, fail, first_line, rank, say, stop_signals, world
 from harness.rows import load_tokenizer, read_rows
@@ -688,12 +689,14 @@ def main(argv=None):
         if run.eval_only:
             load_adapter(run, base, method)
             evaluate(base, data, run)
-            continue
-        history = train(base, data, run, method)
-        scores = evaluate(base, data, run)
-        save_result(base, data, run, method, history, scores)  # nothing that follows can lose it
-        costs = measure(base, data, run, method, history)
-        paths.append(save_result(base, data, run, method, history, scores, costs))
+        else:
+            history = train(base, data, run, method)
+            scores = evaluate(base, data, run)
+            save_result(base, data, run, method, history, scores)  # what follows cannot lose it
+            costs = measure(base, data, run, method, history)
+            paths.append(save_result(base, data, run, method, history, scores, costs))
+        if run.export:
+            export(run, base)
     return paths
 
 

@@ -22,7 +22,6 @@ from harness.process import fail
 from harness.results import SIGN, in_units, natural
 
 TESTED = ("lora", "qlora", "hira", "sparse_lora")  # where a row's name is the method's
-MARGIN = {"classification": 1.0, "mlm": 2.0, "clm": 2.0}  # points; percent of the perplexity
 SEEDS = 6  # a verdict needs as many
 # ------------------------------------------------------------- statistics: arrays in, numbers out
 
@@ -269,7 +268,7 @@ def group_runs(runs):
 def analyse(runs, margin):
     """What the page shows of a group of comparable runs, as a dict; margin: None is the default."""
     task, named, data_of = runs[0]["data"]["task"], {}, {}
-    margin = margin or MARGIN[task]
+    margin = margin or results.MARGIN[task]
     for run in runs:
         named.setdefault((run["untrained"], run["method"], run["name"]), []).append(run)
         if not run["untrained"]:
@@ -282,16 +281,9 @@ def analyse(runs, margin):
     for row in rows:
         apart = lora is None or row is lora or row["untrained"]
         row["beside"] = None if apart else difference(row, lora, task, margin)
-    return {
-        **{key: runs[0][key] for key in ("dataset", "model", "data")},
-        "task": task,
-        "margin": margin,
-        "rows": rows,
-        "pairs": pairs,
-        "power": study_power(pairs, task, margin),
-        "cautions": results.cautions(every, odd),
-        "_runs": runs,
-    }
+    group = {"task": task, "margin": margin, "rows": rows, "pairs": pairs, "_runs": runs}
+    group |= {"power": study_power(pairs, task, margin), "cautions": results.cautions(every, odd)}
+    return group | {key: runs[0][key] for key in ("dataset", "model", "data")}
 
 
 def for_json(x):
@@ -305,7 +297,12 @@ def main(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("compare.py", description=__doc__, formatter_class=raw)
     parser.error, add = fail, parser.add_argument
-    add("paths", nargs="+", help="folders (their *.json and *.jsonl, not deeper) or such files")
+    add(
+        "paths",
+        type=Path,
+        nargs="+",
+        help="folders (their *.json and *.jsonl, not deeper) or such files",
+    )
     add("--out", type=Path, help="folder for README.md and plots (default: the first path's)")
     add("--margin", type=float, help="what is small: points of accuracy, or percent of perplexity")
     add("--price", type=float, help="of an accelerator hour: adds what GPU runs cost")
@@ -320,8 +317,7 @@ def main(argv=None):
     if args.json:
         print(json.dumps(for_json({"groups": groups, "skipped": skipped}), indent=1))
         return
-    first = Path(args.paths[0])
-    out = args.out or (first if first.is_dir() else first.parent)
+    out = args.out or (args.paths[0] if args.paths[0].is_dir() else args.paths[0].parent)
     page.check(out, args.fill)
     pictures = [[] for g in groups] if args.no_plots else plots.draw(groups, out)
     page.write(out, groups, skipped, pictures)

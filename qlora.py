@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import evaluate, load_base, load_data, measure, replace, train
+from harness.export import export
 from harness.flags import adapter_args, parse_args, positive, runs, share
 from harness.models import block_linears, find_targets, weight_of
 from harness.process import fail, first_line, say
@@ -342,12 +343,14 @@ def main(argv=None):
         if run.eval_only:
             load_adapter(run, base, method)
             evaluate(base, data, run)
-            continue
-        history = train(base, data, run, method)
-        scores = evaluate(base, data, run)
-        save_result(base, data, run, method, history, scores)  # nothing that follows can lose it
-        costs = measure(base, data, run, method, history)
-        paths.append(save_result(base, data, run, method, history, scores, costs))
+        else:
+            history = train(base, data, run, method)
+            scores = evaluate(base, data, run)
+            save_result(base, data, run, method, history, scores)  # what follows cannot lose it
+            costs = measure(base, data, run, method, history)
+            paths.append(save_result(base, data, run, method, history, scores, costs))
+        if run.export:
+            export(run, base)
     return paths
 
 

@@ -16,7 +16,7 @@ from harness.store import finished
 # What decides neither a run's outcome nor its costs, and what its file name says already.
 NOT_SETTINGS = {
     *("seeds", "seed", "search", "lr", "method", "name", "out", "force", "device", "data_dir"),
-    *("eval_only", "save_every", "no_timing", "command"),
+    *("eval_only", "save_every", "no_timing", "command", "export"),
 }
 
 
@@ -111,6 +111,7 @@ def shared_args(parser):
     add("--name", help="the result's name (default: the script's and its changed method flags)")
     add("--force", action="store_true", help="run again where a result exists, and replace it")
     add("--eval_only", type=Path, metavar="FOLDER", help="score a saved adapter, train nothing")
+    add("--export", type=Path, metavar="FOLDER", help="write the merged model as a checkpoint")
     add("--no_timing", action="store_true", help="time no inference: for runs beside other work")
     add("--save_every", type=count, metavar="STEPS", help="write a checkpoint this often")
 
@@ -164,6 +165,12 @@ def parse_args(doc, file, add_args, argv=None):
     words = [re.sub(r"(^|[=@])/.*/", r"\1", word) for word in words]
     args.command = " ".join([Path(file).name, *words])
 
+    if args.export:
+        there = args.export.is_file() or args.export.is_dir() and any(args.export.iterdir())
+        if there and not args.force:
+            fail(f"--export {args.export}: it is not an empty folder; --force replaces it")
+        if len(args.seeds) * len(args.lr) > 1 and not args.eval_only:
+            fail(f"--export {args.export}: of one run; give one of --seeds and one --lr")
     args.device = find_device(args.device)
     if args.precision == "auto":
         import torch

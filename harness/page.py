@@ -10,12 +10,13 @@ HEAD = "# Results\n\nWritten by compare.py from the result files; do not edit.\n
 READ = """<details><summary>How to read this page</summary>
 
 In each seed a method has the learning rate that is best on that seed's dev rows; that run's test
-score counts. A difference is the mean over the seeds that both methods have. Its 95 % interval holds
-two noises: training again (seeds) and other test rows. *Better*: p < 0.05, after Holm's correction
-for all pairs; p is the larger of the paired t-test over seeds and of the test of both noises. *Equal
-within the margin*: the 90 % intervals lie inside it. *Undecided*: neither. What would decide supposes
-that difference and spread stay as seen. Verdicts are on the four methods in their default variant;
-other rows have an interval beside LoRA, not corrected. A score's interval is over seeds alone.
+score counts. A difference is the mean over the seeds that both methods have. Its 95 % interval
+holds two noises: training again (seeds) and other test rows. *Better*: p < 0.05, after Holm's
+correction for all pairs; p is the larger of the paired t-test over seeds and of the test of both
+noises. *Equal within the margin*: the 90 % intervals lie inside it. *Undecided*: neither. What
+would decide supposes that difference and spread stay as seen. Verdicts are on the four methods in
+their default variant; other rows have an interval beside LoRA, not corrected for their number. A
+score's interval is over seeds alone.
 
 Memory is counted: live tensors at the peak of a step on the largest batch. Costs are means over the
 tuned runs. Times are of runs that timed inference; between runs the machine drifts.
@@ -46,9 +47,8 @@ def rates(g):
 def details(g, which):
     """Tables of all that was measured in the tuned runs, each below its heading."""
     found = [(heading, tables.detail_table(g, *where)) for heading, *where in which]
-    return "\n\n".join(
-        f"{heading}:\n\n{tables.markdown(table)}" for heading, table in found if table
-    )
+    found = [f"{heading}:\n\n{tables.markdown(table)}" for heading, table in found if table]
+    return "\n\n".join(found)
 
 
 def scores(g):
@@ -61,19 +61,11 @@ def costs(g):
 
 def runs(g):
     """How much was run, with which settings, where."""
-    data, seconds = (
-        g["data"],
-        sum(run.get("time", {}).get("train_seconds", 0) for run in g["_runs"]),
-    )
+    data, hours = g["data"], sum(run["seconds"] for run in g["_runs"]) / 3600
     sizes = ", ".join(f"{data[part]:,} {part}" for part in ("train", "dev", "test"))
-    return "\n\n".join(
-        [
-            f"{len(g['_runs']):,} runs, {seconds / 3600:.1f} hours of training; {sizes} rows "
-            f"(test: {data['test_split']}).",
-            tables.markdown(tables.settings_table(g)),
-            tables.markdown(tables.environment_table(g)),
-        ]
-    )
+    said = f"{len(g['_runs']):,} runs, {hours:.1f} hours of training; rows: {sizes}"
+    found = [tables.settings_table(g), tables.environment_table(g)]
+    return "\n\n".join([f"{said} ({data['test_split']}).", *map(tables.markdown, found)])
 
 
 SECTIONS = {  # what other pages can hold, by the name in their marks
@@ -85,8 +77,6 @@ SECTIONS = {  # what other pages can hold, by the name in their marks
     "costs": costs,
     "runs": runs,
 }
-
-
 NAMES = "|".join(SECTIONS)
 MARK = re.compile(rf"(<!-- ({NAMES})(?: (\S+))? -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
@@ -115,6 +105,10 @@ def check(folder, files):
     path = folder / "README.md"
     if path.exists() and not path.read_text("utf-8", "replace").startswith(HEAD):
         fail(f"{path} is not a page of compare.py; --out names another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {folder}: {error.strerror}; name a folder that can be written")
     for file in files:
         if not file.is_file() or not MARK.search(file.read_text("utf-8")):
             fail(f"--fill {file}: no file with <!-- table --> and <!-- /table --> in it")
@@ -125,7 +119,6 @@ def write(folder, groups, skipped, pictures):
     parts = [group_page(g, drawn) for g, drawn in zip(groups, pictures, strict=True)]
     if skipped:
         parts.append("## Skipped\n\n" + "\n".join(f"- {line}" for line in skipped))
-    folder.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join([HEAD.strip(), *parts, READ])
     (folder / "README.md").write_text(text, "utf-8", newline="\n")
 
@@ -134,12 +127,8 @@ def terminal(groups):
     """Verdicts and the table of each group as plain text."""
     parts = []
     for g in groups:
-        said = "\n".join(f"- {line}" for line in [*tables.verdicts(g), *g["cautions"]])
-        parts += [
-            f"== {tables.title(g)}",
-            said.replace("**", ""),
-            tables.plain(tables.main_table(g)),
-        ]
+        said, table = sentences(g).replace("**", ""), tables.plain(tables.main_table(g))
+        parts += [f"== {tables.title(g)}", said, table]
     return "\n\n".join(parts)
 
 

@@ -59,20 +59,21 @@ def score_words(g):
     return tables.SCORES[METRICS[g["task"]]]
 
 
+def measured(g, place):
+    """The trained rows that have a number there."""
+    return [row for row in g["rows"] if place in row["costs"] and not row["untrained"]]
+
+
 def versus_lora(g):
     """How the other tested methods stand to LoRA, as a title."""
-    found = {"better": [], "worse": [], "equal": [], "undecided": [], "none": []}
-    for pair in (pair for pair in g["pairs"] if "LoRA" in (pair["a"], pair["b"])):
+    found = {}
+    for pair in (pair for pair in g["pairs"] if pair["a"] == "LoRA"):
         verdict = "worse" if pair["better"] == "LoRA" else pair["verdict"]
-        found[verdict].append(pair["b"] if pair["a"] == "LoRA" else pair["a"])
+        found.setdefault(verdict, []).append(pair["b"])
     unit = "point" if g["task"] == "classification" else "%"
-    words = {
-        "better": "better than LoRA",
-        "worse": "worse than LoRA",
-        "equal": f"within {g['margin']:g} {unit} of it",
-        "undecided": "undecided",
-    }
-    said = [f"{tables.listing(found[key])} {words[key]}" for key in words if found[key]]
+    words = {"better": "better than LoRA", "worse": "worse than LoRA"}
+    words |= {"equal": f"within {g['margin']:g} {unit} of it", "undecided": "undecided"}
+    said = [f"{tables.listing(found[key])} {words[key]}" for key in words if key in found]
     return "; ".join(said) or "Beside LoRA, no verdict"
 
 
@@ -100,10 +101,10 @@ def forest(g, path):
         axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(-0.7, len(rows) - 0.4)
-        accuracy = g["task"] == "classification"
-        unit = "points of accuracy" if accuracy else "percent of the perplexity"
-        side = "right" if accuracy else "left"
-        axes.set_xlabel(f"minus LoRA, in {unit} ({side} is better)")
+        unit = "points of accuracy (right is better)"
+        if g["task"] != "classification":
+            unit = "percent of the perplexity (left is better)"
+        axes.set_xlabel(f"minus LoRA, in {unit}")
     return f"Difference from LoRA, {tables.title(g)}"
 
 
@@ -149,8 +150,7 @@ def rates(g, path):
 
 def memory(g, path):
     """Bytes at the peak of a training step, stacked by what they hold."""
-    rows = [row for row in g["rows"] if "memory.train.peak" in row["costs"]]
-    rows = [row for row in rows if not row["untrained"]]
+    rows = measured(g, "memory.train.peak")
     if not rows:
         return None
     sizes = {row["label"]: row["costs"]["memory.train.peak"] / 2**20 for row in rows}
@@ -175,8 +175,8 @@ def memory(g, path):
 
 def weights(g, path):
     """Tuned test score over the number of trained weights; equal numbers stand side by side."""
-    rows = [row for row in g["rows"] if row["costs"].get("parameters.trainable")]
-    rows = [row for row in rows if not row["untrained"] and row["method"] != "head_only"]
+    rows = measured(g, "parameters.trainable")
+    rows = [row for row in rows if row["method"] != "head_only"]  # far below the others
     sizes = [row["costs"]["parameters.trainable"] for row in rows]
     if len(set(sizes)) < 2:
         return None
@@ -202,8 +202,7 @@ def weights(g, path):
 def speed(g, path):
     """Seconds of training, and the latency of inference as a ratio to the base in the same run."""
     ms = "inference.32.{}.latency_ms.p50"
-    rows = [row for row in g["rows"] if "time.train_seconds" in row["costs"]]
-    rows = [row for row in rows if ms.format("unmerged") in row["costs"] and not row["untrained"]]
+    rows = measured(g, ms.format("unmerged"))
     if not rows:
         return None
     note = "Means over tuned runs. Between runs a machine drifts; a ratio is within a run."
@@ -227,15 +226,14 @@ def speed(g, path):
 
 def draw(groups, folder):
     """Each group's pictures, where there is something to draw: [[(file, words)] per group]."""
-    folder.mkdir(parents=True, exist_ok=True)
     stems, drawn = [], []
     for g in groups:
-        stems.append(re.sub(r"[^a-z0-9.]+", "-", f"{g['dataset']}-{g['model']}".lower()))
-        stem = stems[-1]
+        stem = re.sub(r"[^a-z0-9.]+", "-", f"{g['dataset']}-{g['model']}".lower())
+        stems.append(stem)
         if stems.count(stem) > 1:  # the same data and base, trained in another way
-            stem = f"{stem}-{stems.count(stem)}"
-        files = [(f"{stem}-{kind.__name__}.png", kind) for kind in KINDS]
-        found = [(file, kind(g, folder / file)) for file, kind in files]
+            stem += f"-{stems.count(stem)}"
+        files = {f"{stem}-{kind.__name__}.png": kind for kind in KINDS}
+        found = [(file, kind(g, folder / file)) for file, kind in files.items()]
         drawn.append([(file, words) for file, words in found if words])
     return drawn
 

@@ -28,6 +28,7 @@ DATASETS = {"sst2": "SST-2", "imdb": "IMDB", "wikitext2": "WikiText-2"}
 DEMOS = {"demo": "Demo", "demo_lm": "Demo text"}
 METRICS = {"classification": "accuracy", "mlm": "mlm_perplexity", "clm": "causal_perplexity"}
 SIGN = {"classification": 1, "mlm": -1, "clm": -1}  # -1: less is better
+MARGIN = {"classification": 1.0, "mlm": 2.0, "clm": 2.0}  # points; percent of the perplexity
 # Settings that say where a run found its data, or how it split a batch: they may differ in a row.
 FREE = {"dataset", "model", "dataset folder", "model folder", "train_samples", "test_samples"}
 FREE |= {"batch_size", "eval_batch_size", "grad_accum"}
@@ -52,7 +53,7 @@ def row_order(row):
 
 
 def group_order(runs):
-    """Sorts groups of runs: our data sets, a user's own, demos; of one data set the largest first."""
+    """Sorts groups of runs: our data sets, a user's own, demos; of one data set the largest."""
     run = runs[0]
     place = [*DATASETS, *({run["dataset"]} - DEMOS.keys()), *DEMOS].index(run["dataset"])
     return place, run["dataset"], -len(runs), run["scored"], run["trained"]
@@ -82,8 +83,8 @@ def row_values(run):
     """What each test row says of a run's score: (rows,), whose mean is the score.
 
     Accuracy: 100 for a right answer, 0 for a wrong one. Perplexity: 100·ln is a ratio of sums,
-    100·Σ nll / Σ scored; a block's value is that ratio and the block's part of its first-order error
-    (linearised ratio estimator; Cochran 1977, chapter 6).
+    100·Σ nll / Σ scored; a block's value is that ratio and the block's part of its first-order
+    error (linearised ratio estimator; Cochran 1977, chapter 6).
     """
     if "correct" in run["rows"]:
         bits = np.frombuffer(base64.b64decode(run["rows"]["correct"]), np.uint8)
@@ -98,7 +99,7 @@ def read_run(text):
     try:
         run = json.loads(text)
     except ValueError:
-        raise ValueError("not JSON; torn or empty?") from None
+        raise ValueError("not JSON; torn, empty, not to be read?") from None
     if not isinstance(run, dict) or run.get("schema") != 2:
         raise ValueError("not a result of this version (schema 2)")
     data, flags = run["data"], run["settings"]
@@ -109,8 +110,9 @@ def read_run(text):
     if len(values) != data["test"] or not abs(values.mean() - run["test"]) < 0.01:
         raise ValueError("`rows` does not fit the test score")
     run["drawn"] = str(data["train_sha256"]), str(data["dev_sha256"])  # differ from seed to seed
-    numbers_ = run["dev"], run["lr"], run["seed"], data["train"], data["dev"], data["official"]
-    if not math.isfinite(sum(numbers_)) or len(values) < 2:
+    run["seconds"] = run.get("time", {}).get("train_seconds", 0)
+    sums = run["seconds"] + data["train"] + data["dev"] + data["official"]  # numbers, or it fails
+    if not math.isfinite(run["dev"] + run["lr"] + run["seed"] + sums) or len(values) < 2:
         raise ValueError("a number is not finite, or there are fewer than two test rows")
     for key in ("method", "name", "dataset", "model"):
         run[key] = Path(run[key]).name
@@ -132,27 +134,33 @@ def read_run(text):
     return run
 
 
+def texts_of(file):
+    """[(name, text, file)]: a .json file is one text, a .jsonl file one a line."""
+    try:
+        whole = file.read_bytes()
+    except OSError:  # a folder of that name, or not ours to read
+        whole = b""
+    lines = whole.splitlines() if file.suffix == ".jsonl" else []
+    lines = [(f"{file.name}:{i + 1}", line) for i, line in enumerate(lines) if line.strip()]
+    return [(name, text, file) for name, text in lines or [(file.name, whole)]]
+
+
 def load(paths, price=None):
     """(runs, skipped): each usable run once, and one line for each text that is none."""
     texts, runs, skipped = [], {}, []
-    for path in map(Path, paths):
-        files = sorted(path.glob("*.json*")) if path.is_dir() else [path]
+    for path in paths:
         if not path.exists():
             fail(f"{path}: no such file or folder; `python lora.py` writes into results/")
-        for file in (file for file in files if file.suffix in (".json", ".jsonl")):
-            whole = file.read_bytes() if file.is_file() else b""
-            lines = whole.splitlines() if file.suffix == ".jsonl" else []
-            lines = [(f"{file.name}:{i + 1}", line) for i, line in enumerate(lines) if line.strip()]
-            texts += [(name, text, file) for name, text in lines or [(file.name, whole)]]
+        inside = [file for end in ("*.json", "*.jsonl") for file in path.glob(end)]
+        for file in inside if path.is_dir() else [path]:
+            texts += texts_of(file)
     for name, text, file in sorted(texts):  # by name and content, wherever the files lie
         try:
             run = read_run(text) | {"file": name}
             if price and "accelerator_hours" in run.get("time", {}):
                 run["time"]["cost"] = price * run["time"]["accelerator_hours"]
-            same = [
-                run[key] for key in ("scored", "trained", "method", "name", "seed", "lr", "kept")
-            ]
-            first = runs.setdefault(json.dumps(same), run)
+            keys = ("scored", "trained", "method", "name", "seed", "lr", "kept")
+            first = runs.setdefault(json.dumps([run[key] for key in keys]), run)
             reason = None if first is run else f"the same run as {first['file']}"
         except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else first_line(error)
@@ -175,7 +183,7 @@ def numbers(tree, path=""):
 
 
 def mean_numbers(runs):
-    """{dotted path: mean over the runs that have it}: scores and costs. Times of timed runs only."""
+    """{dotted path: mean over the runs that have it} of scores and costs; times of timed runs."""
     found = {}
     for run in runs:
         kept = COSTS if run["inference"] else COSTS[:-1]
@@ -229,4 +237,11 @@ def cautions(rows, odd):
         found = {row["label"]: row["settings"][key] for row in tested if key in row["settings"]}
         if len(set(map(str, found.values()))) > 1:
             say(f"--{key} differs.", found)
+    for key in ("device", "torch", "transformers"):
+        found = {}
+        for row in tested:
+            used = {str(run["environment"].get(key)) for run in row["_chosen"].values()}
+            found[row["label"]] = ", ".join(sorted(used))
+        if len(set(found.values()) - {""}) > 1 or any(", " in used for used in found.values()):
+            say(f"The {key} differs.", found)
     return said

@@ -95,15 +95,13 @@ def verdicts(g):
             size = f"{amount(g, f'{mean:.2f}')} (95 % interval {low:.2f} to {high:.2f}{inside})"
             beaten.append(f"than {other} by {size}")
         said.append(f"**{name} is better** {listing(beaten)}.")
-    for verdict, words in (
-        ("equal", f"Equal within {margin(g)}"),
-        ("undecided", "Undecided"),
-    ):
+    for verdict, words in (("equal", f"Equal within {margin(g)}"), ("undecided", "Undecided")):
         found = []
         for pair in (pair for pair in pairs if pair["verdict"] == verdict):
             inside = f"90 % interval {span(pair['intervals']['both, 90 %'], '+.2f')}"
             inside = inside if verdict == "equal" else needs(pair)
-            found.append(f"{pair['a']} and {pair['b']} ({pair['mean']:+.2f}; {inside})")
+            size = amount(g, f"{pair['mean']:+.2f}")
+            found.append(f"{pair['a']} and {pair['b']} ({size}; {inside})")
         if found:
             said.append(f"**{words}:** {'; '.join(found)}.")
     for why in dict.fromkeys(pair["why"] for pair in pairs if pair["verdict"] == "none"):
@@ -116,9 +114,9 @@ def verdicts(g):
         seeds, rows = g["power"]["seeds"], g["power"]["rows"]
         found, equal = (f"{100 * g['power'][key]:.0f} %" for key in ("found", "equal"))
         said.append(
-            f"What this study can see ({seeds} seeds, {rows:,} test rows, the spread found): a true "
-            f"difference of {margin(g)} in at least {found} of such studies; a true 0 is called "
-            f"equal in {equal}."
+            f"What this study can see ({seeds} seeds, {rows:,} test rows, the spread found): it "
+            f"finds a true difference of {margin(g)} in at least {found} of cases, and calls a "
+            f"true 0 equal in {equal}."
         )
     return said
 
@@ -197,9 +195,16 @@ def pair_table(pairs):
     return table
 
 
+def filled(table):
+    """The headers of the columns that have an entry."""
+    return [head for head in (table or [{}])[0] if any(row[head] for row in table)]
+
+
 def markdown(table):
-    """A table in Markdown; columns without any entry are left out."""
-    heads = [head for head in table[0] if any(row[head] for row in table)]
+    """A table in Markdown, without empty columns."""
+    heads = filled(table)
+    if not heads:
+        return ""
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1)]
     lines += [[row[head] or "–" for head in heads] for row in table]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -207,7 +212,7 @@ def markdown(table):
 
 def plain(table):
     """A table for the terminal."""
-    heads = [head for head in table[0] if any(row[head] for row in table)]
+    heads = filled(table)
     lines = [heads, *([row[head] or "–" for head in heads] for row in table)]
     wide = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     lines = [[line[0].ljust(wide[0]), *map(str.rjust, line[1:], wide[1:])] for line in lines]

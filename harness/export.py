@@ -1,0 +1,62 @@
+"""The trained model as an ordinary Hugging Face checkpoint: weights merged, config, tokenizer."""
+
+import copy
+import shutil
+
+import torch
+
+from harness.models import adapters
+from harness.process import fail, first_line, rank, say
+from harness.rows import load_tokenizer
+
+
+@torch.no_grad()
+def merged_state(model, whole):
+    """The merged weights under the names of `whole`, a plain model of the same class.
+
+    An adapter's own frozen layer is called base in here; Conv1D keeps its weight transposed.
+    """
+    state = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
+    for path, module in adapters(model).items():
+        path = path.removesuffix(".base")
+        weight, layer = module.merged_weight(), whole.get_submodule(path)
+        state[f"{path}.weight"] = weight.T if type(layer).__name__ == "Conv1D" else weight
+    return state
+
+
+def export(run, base):
+    """Write the merged model to the folder --export, whole or not at all.
+
+    In the dtype of the checkpoint that it came from; a 4-bit base becomes its dequantised weights,
+    full size. The state is loaded strictly into a fresh model of the same class before anything is
+    written: every name and every shape is there.
+    """
+    if rank() != 0:
+        return
+    folder, model = run.export, base.model
+    tokenizer, config = copy.deepcopy(load_tokenizer(run.model))
+    config.id2label, config.label2id = model.config.id2label, model.config.label2id
+    config.pad_token_id = model.config.pad_token_id
+    dtype = config.dtype or torch.float32
+    with torch.device("meta"):
+        whole = type(model)(config)
+    state = merged_state(model, whole)
+    wanted = whole.state_dict()
+    state = {name: state[name].detach().to("cpu", dtype).contiguous() for name in wanted}
+    whole.load_state_dict(state, assign=True)
+    whole.tie_weights()
+    whole.config.dtype = dtype
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+    unfinished = folder.with_name(f"{folder.name}.tmp")
+    try:
+        whole.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except Exception as error:  # the libraries have their own words for a full disk
+        fail(f"--export {folder}: cannot write it ({first_line(error)})", status=1)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    size = sum(tensor.nbytes for tensor in wanted.values()) / 2**20
+    say(f"wrote the merged model to {folder} ({size:,.1f} MiB, {str(dtype)[6:]})")

@@ -1,0 +1,103 @@
+"""An exported model is an ordinary checkpoint: the library loads it, and it gives our logits."""
+
+import pytest
+import torch
+import transformers
+from conftest import EVERY, ended, ready, rows_flags, text_flags
+
+import common
+import lora
+from harness import export
+
+TASKS = {
+    "classification": ("SequenceClassification", ["distilbert", "bert", "gpt2", "llama"]),
+    "mlm": ("MaskedLM", ["bert"]),
+    "clm": ("CausalLM", ["gpt2", "llama"]),
+}
+CASES = [
+    (task, kind, name) for task, (_, kinds) in TASKS.items() for kind in kinds for name in EVERY
+]
+CASES = [
+    case
+    for case in CASES
+    if not (case[0] != "classification" and case[2] == "head only")
+    and not (case[1] == "gpt2" and case[2] in ("contextual", "sparse qlora"))
+]
+
+
+@pytest.mark.parametrize("task, kind, name", CASES)
+def test_the_library_loads_it_and_gives_our_logits(
+    task, kind, name, models, reviews, text_dir, tmp_path
+):
+    module, flags = EVERY[name]
+    head = TASKS[task][0]
+    words = rows_flags(models, reviews, kind)
+    if task != "classification":
+        words = text_flags(models, text_dir, kind, head)
+    words += ["--max_steps", 3, "--lr", 0.02, "--export", tmp_path / "whole", *flags]
+    run, data, base, method = ready(module, tmp_path, *words)
+    start = {name: tensor.clone() for name, tensor in common.trained_tensors(base.model).items()}
+    module.train(base, data, run, method)
+    export.export(run, base)
+    loaded, info = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
+        tmp_path / "whole", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert getattr(loaded.config, "use_cache", True)
+    assert loaded.dtype == torch.float32
+    targets = common.predicted_tokens(data, data.test, "test")
+    batch = common.collate(data, data.test, torch.arange(6), targets)
+
+    @torch.no_grad()
+    def theirs(model):
+        logits = model.eval()(input_ids=batch.ids, attention_mask=batch.mask).logits
+        return logits if task == "classification" else logits.flatten(0, 1)[batch.read]
+
+    base.model.eval()
+    with torch.no_grad():
+        ours = common.forward(base, batch)
+        torch.testing.assert_close(theirs(loaded), ours, atol=1e-5, rtol=1e-4)
+        for key, tensor in start.items():  # the control: training moved the logits
+            base.model.get_parameter(key).copy_(tensor)
+        assert (common.forward(base, batch) - ours).abs().max() > 1e-4
+
+
+def test_pipeline_knows_the_label_names(models, tmp_path):
+    words = ["--dataset", "demo", "--max_steps", 2, "--no_timing", "--export", tmp_path / "whole"]
+    lora.main([*map(str, words), "--model", models("bert"), "--out", str(tmp_path)])
+    classify = transformers.pipeline("text-classification", str(tmp_path / "whole"))
+    assert classify("a great film")[0]["label"] in ("negative", "positive")
+
+
+def test_from_a_saved_adapter(models, reviews, tmp_path):
+    words = [*rows_flags(models, reviews), "--max_steps", 3, "--no_timing", "--out", tmp_path]
+    lora.main([*map(str, words), "--export", str(tmp_path / "a")])
+    [adapter] = tmp_path.glob("*-seed0/")
+    lora.main([*map(str, words), "--eval_only", str(adapter), "--export", str(tmp_path / "b")])
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert first == second
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_half(
+    models, reviews, tmp_path, capfd, monkeypatch
+):
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("kept")
+    words = [*rows_flags(models, reviews), "--max_steps", 1, "--no_timing", "--out", tmp_path]
+    code, error = ended(capfd, lora, *words, "--export", folder)
+    assert code == 2 and "not an empty folder" in error and (folder / "mine.txt").exists()
+    code, error = ended(capfd, lora, *words, "--seeds", 0, 1, "--export", tmp_path / "new")
+    assert code == 2 and "of one run" in error
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    code, error = ended(capfd, lora, *words, "--export", folder, "--force")
+    assert code == 1 and "No space left" in error
+    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    assert not list(tmp_path.glob("*.tmp"))
+    monkeypatch.undo()
+    lora.main([*map(str, words), "--export", str(folder), "--force"])
+    assert (folder / "config.json").exists() and not (folder / "mine.txt").exists()
