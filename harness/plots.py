@@ -8,7 +8,7 @@ import contextlib
 import re
 
 from harness import tables
-from harness.results import METHODS, METRICS, SIGN
+from harness.results import METHODS, SIGN
 
 LOOKS = {  # a method's colour and marker
     "head_only": ("#7f8791", "X"),
@@ -55,26 +55,9 @@ def look(row):
     return {"color": colour, "marker": marker, "mfc": face, "mew": 1.8}
 
 
-def score_words(g):
-    return tables.SCORES[METRICS[g["task"]]]
-
-
 def measured(g, place):
     """The trained rows that have a number there."""
     return [row for row in g["rows"] if place in row["costs"] and not row["untrained"]]
-
-
-def versus_lora(g):
-    """How the other tested methods stand to LoRA, as a title."""
-    found = {}
-    for pair in (pair for pair in g["pairs"] if pair["a"] == "LoRA"):
-        verdict = "worse" if pair["better"] == "LoRA" else pair["verdict"]
-        found.setdefault(verdict, []).append(pair["b"])
-    unit = "point" if g["task"] == "classification" else "%"
-    words = {"better": "better than LoRA", "worse": "worse than LoRA"}
-    words |= {"equal": f"within {g['margin']:g} {unit} of it", "undecided": "undecided"}
-    said = [f"{tables.listing(found[key])} {words[key]}" for key in words if key in found]
-    return "; ".join(said) or "Beside LoRA, no verdict"
 
 
 def forest(g, path):
@@ -84,7 +67,7 @@ def forest(g, path):
     if not rows:
         return None
     note = "Thick line: 95 % over seeds; thin: over test rows, too; dots: seeds; band: the margin."
-    with canvas(path, versus_lora(g), g, note, 1.35 + 0.42 * len(rows)) as figure:
+    with canvas(path, tables.versus_lora(g), g, note, 1.35 + 0.42 * len(rows)) as figure:
         axes = figure.subplots()
         axes.axvspan(-g["margin"], g["margin"], color=FAINT, lw=0)
         axes.axvline(0, color=LOOKS["lora"][0], lw=1.5)
@@ -116,8 +99,7 @@ def rates(g, path):
         return None
     means = {row["label"]: [sum(x) / len(x) for x in row["dev"].values()] for row in rows}
     most = max(max(mean) - min(mean) for mean in means.values())
-    unit = " points" if g["task"] == "classification" else ""
-    title = f"The choice of the learning rate moves the dev score by up to {most:.1f}{unit}"
+    title = f"The choice of the learning rate moves the dev score by up to {most:.1f}"
     note = "Line: mean over seeds; band: from the worst seed to the best."
     lines = 1 if len(methods) <= 4 else 2
     with canvas(path, title, g, note, 1.2 + 2.1 * lines) as figure:
@@ -142,7 +124,7 @@ def rates(g, path):
         for axes in panels.flat[len(methods) :]:
             axes.set_visible(False)
         figure.supxlabel("learning rate", size=10)
-        figure.supylabel(f"dev {score_words(g)}", size=10)
+        figure.supylabel(f"dev {tables.score_words(g)}", size=10)
         if any(row["name"] != row["method"] for row in rows):
             figure.legend(loc="outside lower center", ncols=4)
     return f"Dev score over the learning rate, {tables.title(g)}"
@@ -194,7 +176,7 @@ def weights(g, path):
         axes.set_xscale("log")
         axes.grid(axis="y")
         axes.set_xlabel("trained weights")
-        axes.set_ylabel(f"test {score_words(g)}")
+        axes.set_ylabel(f"test {tables.score_words(g)}")
         figure.legend(loc="outside right center")
     return f"Score over trained weights, {tables.title(g)}"
 
@@ -226,16 +208,13 @@ def speed(g, path):
 
 def draw(groups, folder):
     """Each group's pictures, where there is something to draw: [[(file, words)] per group]."""
-    stems, drawn = [], []
+    stems, drawn, kinds = [], [], (forest, rates, memory, weights, speed)
     for g in groups:
         stem = re.sub(r"[^a-z0-9.]+", "-", f"{g['dataset']}-{g['model']}".lower())
         stems.append(stem)
         if stems.count(stem) > 1:  # the same data and base, trained in another way
             stem += f"-{stems.count(stem)}"
-        files = {f"{stem}-{kind.__name__}.png": kind for kind in KINDS}
+        files = {f"{stem}-{kind.__name__}.png": kind for kind in kinds}
         found = [(file, kind(g, folder / file)) for file, kind in files.items()]
         drawn.append([(file, words) for file, words in found if words])
     return drawn
-
-
-KINDS = (forest, rates, memory, weights, speed)

@@ -145,6 +145,7 @@ def read_streams(model, dataset, data_dir):
     rows, unknown = read_rows(dataset, data_dir), tokenizer.unk_token_id
     others = ("eos_token_id", "bos_token_id", "pad_token_id", "mask_token_id")
     own = unknown is not None and unknown not in [getattr(tokenizer, name) for name in others]
+    own = own and "unk" in tokenizer.unk_token.lower()  # SmolLM2's is <|endoftext|>, not its eos
     streams = {}
     for name, part in (("train", rows.train), ("dev", rows.validation), ("test", rows.test)):
         lines = [text.rstrip("\n") + "\n" for text in part["text"] if text.strip()]

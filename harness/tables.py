@@ -39,6 +39,10 @@ def title(g):
     return f"{(DATASETS | DEMOS).get(g['dataset'], g['dataset'])} with {g['model']}"
 
 
+def score_words(g):
+    return SCORES[METRICS[g["task"]]]
+
+
 def amount(g, text):
     """A size with its unit: "1 point", "0.67 points", "2 % in perplexity"."""
     if g["task"] != "classification":
@@ -63,9 +67,9 @@ def with_span(x, ends, form):
     return f"{x:{form}} ({inside})" if inside else number(x, form)
 
 
-def minus(pair, key="both"):
-    """A difference and one of its intervals, where there are two shared seeds or more."""
-    return with_span(pair["mean"], pair["intervals"][key], "+.2f") if pair["intervals"] else ""
+def minus(pair):
+    """A difference and its interval, where there are two shared seeds or more."""
+    return with_span(pair["mean"], pair["intervals"]["both"], "+.2f") if pair["intervals"] else ""
 
 
 def listing(words):
@@ -121,6 +125,19 @@ def verdicts(g):
     return said
 
 
+def versus_lora(g):
+    """How the other tested methods stand to LoRA, as the title of a picture."""
+    found = {}
+    for pair in (pair for pair in g["pairs"] if pair["a"] == "LoRA"):
+        verdict = "worse" if pair["better"] == "LoRA" else pair["verdict"]
+        found.setdefault(verdict, []).append(pair["b"])
+    unit = "point" if g["task"] == "classification" else "%"
+    words = {"better": "better than LoRA", "worse": "worse than LoRA"}
+    words |= {"equal": f"within {g['margin']:g} {unit} of it", "undecided": "undecided"}
+    said = [f"{listing(found[key])} {words[key]}" for key in words if key in found]
+    return "; ".join(said) or "Beside LoRA, no verdict"
+
+
 # ----------------------------------------------------------------------------------------- tables
 
 
@@ -141,7 +158,7 @@ def detail_table(g, start, factor):
 
 def main_table(g):
     """Tuned score, difference from LoRA, costs: the table below the verdicts."""
-    score, unit = SCORES[METRICS[g["task"]]], "points" if g["task"] == "classification" else "%"
+    score, unit = score_words(g), "points" if g["task"] == "classification" else "%"
     table = []
     for row in g["rows"]:
         cells = {

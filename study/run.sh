@@ -18,10 +18,16 @@ runs() {  # runs SEEDS FLAGS...: the command of each seed, its rates in a row
   done
 }
 
+# A pilot: a part of SST-2, three rates. The four methods have six seeds, all else has three.
 sst2="--dataset sst2 --model $model --train_samples 4000 --heldout 3000 --epochs 1 --head_lr 1e-2"
 {
   for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $sst2 --lr 3e-3 --search 3; done
   runs 6 hira.py $sst2 --lr 3e-2 --search 3
+  runs 3 hybrid.py $sst2 --update hira --lr 3e-2 --search 3
+  runs 3 hybrid.py $sst2 --update contextual --lr 3e-3 --search 3
+  runs 3 sparse_lora.py $sst2 --mode contextual --lr 3e-3 --search 3
+  runs 3 common.py $sst2 --lr 1e-2 --search 3
+  runs 3 common.py $sst2 --full --lr 1e-4 --search 3
 } | xargs -P "$jobs" -I{} sh -c '{}'
 
 for dataset in sst2; do
