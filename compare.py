@@ -51,16 +51,16 @@ def both_noises(noise, n, m):
     return np.sqrt(total), np.where(total > 0, total**2 / np.where(total > 0, spread, 1), n - 1)
 
 
-def interval(mean, error, df, level=0.95):
-    """Student's interval (low, high) of a mean with this standard error."""
-    half = stats.t.ppf((1 + level) / 2, df) * error
-    return float(mean - half), float(mean + half)
-
-
 def two_sided(mean, error, df):
     """p of Student's t-test that a mean is zero; where nothing varies 0, and 1 for zero itself."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(2 * stats.t.sf(np.abs(mean) / error, df), nan=1.0)
+
+
+def half_width(noise, n, m, level=0.95):
+    """Half the interval of a difference: over seeds alone or of both noises, whichever is wider."""
+    (error, df), tail = both_noises(noise, n, m), (1 + level) / 2
+    return np.maximum(stats.t.ppf(tail, n - 1) * noise[0] ** 0.5, stats.t.ppf(tail, df) * error)
 
 
 def judge(mean, noise, n, m, margin):
@@ -72,9 +72,8 @@ def judge(mean, noise, n, m, margin):
     (TOST, Schuirmann 1987).
     """
     (error, df), alone = both_noises(noise, n, m), np.sqrt(noise[0])
-    half = np.maximum(stats.t.ppf(0.95, n - 1) * alone, stats.t.ppf(0.95, df) * error)
-    seeds = two_sided(mean, alone, n - 1)
-    return seeds, np.maximum(seeds, two_sided(mean, error, df)), np.abs(mean) + half < margin
+    seeds, largest = two_sided(mean, alone, n - 1), np.abs(mean) + half_width(noise, n, m, 0.9)
+    return seeds, np.maximum(seeds, two_sided(mean, error, df)), largest < margin
 
 
 def holm(p):
@@ -154,7 +153,8 @@ def make_row(runs, task):
     scores = np.array([run["test"] for run in chosen.values()])
     n, span = len(scores), (math.nan, math.nan)
     if n > 1:
-        span = interval(scores.mean(), stats.sem(scores), n - 1)
+        half = stats.t.ppf(0.975, n - 1) * stats.sem(scores)
+        span = (scores.mean() - half, scores.mean() + half)
     return {
         **{key: first[key] for key in ("method", "name", "untrained")},
         "label": results.label(first["method"], first["name"]),
@@ -186,14 +186,14 @@ def difference(a, b, task, margin):
         return pair
     d = np.array([a["_values"][seed] - b["_values"][seed] for seed in seeds])  # (seeds, test rows)
     (n, m), mean, noise = d.shape, d.mean(), noises(d)
-    error, df = both_noises(noise, n, m)
     p_seeds, p, equal = judge(mean, noise, n, m, results.margin_on_scale(margin, task))
-    spans = {
-        "both": interval(mean, error, df),
-        "both, 90 %": interval(mean, error, df, 0.9),
-        "seeds": interval(mean, math.sqrt(noise[0]), n - 1),
-        "rows": interval(mean, math.sqrt(noise[1]), m - 1),
+    halves = {
+        "both": half_width(noise, n, m),
+        "both, 90 %": half_width(noise, n, m, 0.9),
+        "seeds": stats.t.ppf(0.975, n - 1) * math.sqrt(noise[0]),
+        "rows": stats.t.ppf(0.975, m - 1) * math.sqrt(noise[1]),
     }
+    spans = {key: (mean - half, mean + half) for key, half in halves.items()}
     return pair | {
         "mean": in_units(mean, task),
         "each": [in_units(x, task) for x in d.mean(1)],
@@ -220,13 +220,13 @@ def judge_pairs(rows, task, margin, odd):
         if len(a["rates"]) != len(b["rates"]):
             pair["why"] = f"{len(a['rates'])} and {len(b['rates'])} learning rates to choose from"
         elif len(pair["seeds"]) < SEEDS:
-            pair["why"] = f"{len(pair['seeds'])} shared seeds where {SEEDS} are needed"
+            pair["why"] = f"{SEEDS} shared seeds are needed, found: {len(pair['seeds'])}"
         elif odd:
             pair["why"] = "other training or dev rows at one seed"
         elif p < 0.05:
-            mean, *shape = pair["_seen"]
-            ends = sorted(map(abs, interval(mean, *both_noises(*shape))))
-            pair["lead"] = [abs(in_units(SIGN[task] * x, task)) for x in (abs(mean), *ends)]
+            mean, *noise = pair["_seen"]
+            sizes = abs(mean) + half_width(*noise) * np.array([0, -1, 1])
+            pair["lead"] = [abs(in_units(SIGN[task] * x, task)) for x in sizes]
             pair |= {"verdict": "better", "better": (a if mean * SIGN[task] > 0 else b)["label"]}
         elif pair["equal"]:
             pair["verdict"] = "equal"
@@ -238,12 +238,12 @@ def judge_pairs(rows, task, margin, odd):
 
 
 def study_power(pairs, task, margin):
-    """power() with the mean noise of the pairs that have most seeds; None below SEEDS of them."""
+    """power() with the median noise of the pairs that have most seeds; None below SEEDS of them."""
     seen = [pair["_seen"] for pair in pairs if len(pair["seeds"]) >= SEEDS]
     if not seen:
         return None
     n, m = max((n, m) for _, _, n, m in seen)
-    noise = np.mean([x for _, x, *shape in seen if shape == [n, m]], axis=0)
+    noise = np.median([x for _, x, *shape in seen if shape == [n, m]], axis=0)
     size = n, m, results.margin_on_scale(margin, task)
     found, equal = power(noise, *size, 0.05 / len(pairs))
     return {"found": found, "equal": equal, "seeds": n, "rows": m}

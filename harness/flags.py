@@ -143,6 +143,9 @@ def parse_args(doc, file, add_args, argv=None):
     except ValueError as error:  # an @file that is not text, or has an unclosed quote
         files = " ".join(word for word in words if word[:1] == "@")
         fail(f"{files}: not a file of flags ({first_line(error)})")
+    if getattr(args, "targets", None):
+        names = [name for word in args.targets for name in word.split(",") if name]
+        args.targets = names or fail("--targets names no layer")
     own = [action for action in parser._actions if action.dest not in shared | {"method"}]
     args.name = args.name or default_name(args, own)
     if not re.fullmatch(r"[\w.-]+", args.name):

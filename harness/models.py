@@ -154,7 +154,7 @@ def block_linears(model):
 def find_targets(model, targets):
     """The ends of the names of the layers to adapt: --targets, or query and value."""
     if targets:
-        return [name for word in targets for name in word.split(",") if name]
+        return targets
     names = block_linears(model)
     for ends in TARGETS:
         if all(any(name.endswith(f".{end}") for name in names) for end in ends):

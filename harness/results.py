@@ -55,8 +55,8 @@ def row_order(row):
 def group_order(runs):
     """Sorts groups of runs: our data sets, a user's own, demos; of one data set the largest."""
     run = runs[0]
-    place = [*DATASETS, *({run["dataset"]} - DEMOS.keys()), *DEMOS].index(run["dataset"])
-    return place, run["dataset"], -len(runs), run["scored"], run["trained"]
+    place = [*DATASETS, run["dataset"]].index(run["dataset"])
+    return run["dataset"] in DEMOS, place, run["dataset"], -len(runs), run["scored"], run["trained"]
 
 
 def on_scale(score, task):

@@ -80,7 +80,7 @@ def listing(words):
 def needs(pair):
     """What would bring an undecided pair a verdict."""
     if pair["needs"] is None:
-        return "too close to the margin for more seeds or rows to decide"
+        return "not even 100 seeds and a million test rows would decide"
     seeds, rows = pair["needs"]
     more = [f"{seeds} seeds"] if seeds > len(pair["seeds"]) else []
     more += [f"{float(f'{rows:.2g}'):,.0f} test rows"] if rows > pair["test_rows"] else []
@@ -133,7 +133,7 @@ def versus_lora(g):
         found.setdefault(verdict, []).append(pair["b"])
     unit = "point" if g["task"] == "classification" else "%"
     words = {"better": "better than LoRA", "worse": "worse than LoRA"}
-    words |= {"equal": f"within {g['margin']:g} {unit} of it", "undecided": "undecided"}
+    words |= {"equal": f"within {g['margin']:g} {unit} of LoRA", "undecided": "undecided"}
     said = [f"{listing(found[key])} {words[key]}" for key in words if key in found]
     return "; ".join(said) or "Beside LoRA, no verdict"
 
@@ -145,6 +145,7 @@ def detail_table(g, start, factor):
     """Every mean number of the tuned runs whose place begins with `start`."""
     places = {place: None for row in g["rows"] for place in row["costs"]}
     places = [place for place in places if place.startswith(f"{start}.")]
+    places = [place for place in places if "as trained" not in place]  # unmerged, or the base
     table = []
     for row in g["rows"]:
         cells = {"method": row["label"]}
@@ -194,6 +195,7 @@ def pair_table(pairs):
     table = []
     for pair in (pair for pair in pairs if pair["intervals"]):
         tested = pair["p_holm"] is not None
+        verdict = f"{pair['better']} better" if pair["better"] else pair["verdict"]
         table.append(
             {
                 "pair": f"{pair['a']} − {pair['b']}",
@@ -206,7 +208,7 @@ def pair_table(pairs):
                 "p, seeds": number(pair["p_seeds"], ".2g") if tested else "",
                 "p, both": number(pair["p"], ".2g") if tested else "",
                 "p, Holm": number(pair["p_holm"], ".2g") if tested else "",
-                "verdict": f"{pair['better']} better" if pair["better"] else pair["verdict"],
+                "verdict": verdict if tested else "",
             }
         )
     return table
@@ -230,6 +232,8 @@ def markdown(table):
 def plain(table):
     """A table for the terminal."""
     heads = filled(table)
+    if not heads:
+        return ""
     lines = [heads, *([row[head] or "–" for head in heads] for row in table)]
     wide = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     lines = [[line[0].ljust(wide[0]), *map(str.rjust, line[1:], wide[1:])] for line in lines]

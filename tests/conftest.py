@@ -217,6 +217,81 @@ def make_model(folder, kind, head="", **changes):
     return str(folder)
 
 
+SIZE = len(WORDS) + 5
+TINY = {  # fields that most configs share; a config takes no notice of another's
+    "vocab_size": SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 66,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+OWN = {  # an architecture's other names for the same
+    "bert": {},
+    "roberta": {},
+    "xlm-roberta": {},
+    "camembert": {},
+    "electra": {"embedding_size": 32},
+    "albert": {"embedding_size": 32},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
+    "deberta-v2": {},
+    "mpnet": {},
+    "modernbert": {},
+    "eurobert": GROUPED | {"attention_dropout": 0.1},
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "t5": {
+        **{"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+        "decoder_start_token_id": 0,
+    },
+    "bart": {
+        **{"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4},
+        **{"decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    },
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 66},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "falcon": {"new_decoder_architecture": False, "multi_query": False},
+    "phi": {},
+    "phi3": GROUPED,
+    "llama": GROUPED,
+    "qwen3": GROUPED,
+    "gemma2": GROUPED,
+    "gemma3_text": GROUPED,
+    "olmo2": GROUPED,
+    "mamba": {"state_size": 4},
+}
+ENCODERS = [*OWN][: [*OWN].index("t5")]
+
+
+@pytest.fixture(scope="session")
+def architecture(tmp_path_factory):
+    """architecture(kind) -> folder of a tiny body with random weights, made once a session."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoConfig, AutoModel
+
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            torch.manual_seed(0)
+            config = AutoConfig.for_model(kind, **(TINY | OWN[kind]))
+            folder = tmp_path_factory.mktemp(kind)
+            AutoModel.from_config(config).save_pretrained(folder)
+            tokenizer = tiny_tokenizer("bert" if kind in ENCODERS else kind)
+            if kind in ("t5", "bart"):  # they read the state of the end token
+                end = {"single": "$A [SEP]", "special_tokens": [("[SEP]", 3)]}
+                tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**end)
+            tokenizer.save_pretrained(folder)
+            made[kind] = str(folder)
+        return made[kind]
+
+    return get
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """models(kind, head="", **changes) -> folder of a tiny checkpoint, made once a session."""
