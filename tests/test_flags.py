@@ -1,0 +1,184 @@
+"""The command line: runs by rate and seed, names, checks; every wrong word is one line, status 2."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import EVERY, ended, rows_flags
+
+import common
+import hira
+import lora
+import qlora
+import sparse_lora
+
+ROOT = Path(__file__).parents[1]
+
+
+def parsed(module, *words):
+    words = ["--dataset", "demo", *map(str, words)]
+    return module.parse_args(module.__doc__, module.__file__, module.add_args, words)
+
+
+@pytest.fixture
+def good(models, reviews, tmp_path):
+    """A command line that works; tests spoil one thing of it."""
+    words = [*rows_flags(models, reviews), "--max_steps", 2, "--no_timing"]
+    return [*map(str, words), "--out", str(tmp_path / "out")]
+
+
+def test_a_run_is_one_rate_and_one_seed(good, capsys):
+    """Four results with dev and test; the same again runs nothing; a third rate two more."""
+    rates = ["--lr", "1e-3", "2e-3", "--seeds", "0", "1"]
+    paths = lora.main([*good, *rates])
+    assert len(paths) == 4 and len(set(paths)) == 4
+    results = [json.loads(path.read_text()) for path in paths]
+    assert [(r["seed"], r["lr"]) for r in results] == [(0, 1e-3), (0, 2e-3), (1, 1e-3), (1, 2e-3)]
+    for path, result in zip(paths, results, strict=True):
+        assert path.name.endswith(f"-lr{result['lr']:g}-seed{result['seed']}.json")
+        assert {"dev", "test"} <= result["metrics"].keys()
+    capsys.readouterr()
+    assert lora.main([*good, *rates]) == []
+    assert capsys.readouterr().out.count("is there already") == 4
+    more = lora.main([*good, "--lr", "1e-3", "2e-3", "4e-3", "--seeds", "0", "1"])
+    assert [path.name.split("-lr")[1] for path in more] == ["0.004-seed0.json", "0.004-seed1.json"]
+
+
+def test_seeds_change_train_and_dev_and_rates_do_not(good):
+    a, b, c, d = lora.main([*good, "--lr", "1e-3", "2e-3", "--seeds", "0", "1"])
+    a, b, c, d = (json.loads(path.read_text())["data"] for path in (a, b, c, d))
+    assert a == b and c == d and a["test_sha256"] == c["test_sha256"]
+    assert a["train_sha256"] != c["train_sha256"] and a["dev_sha256"] != c["dev_sha256"]
+
+
+@pytest.mark.parametrize(
+    "number, rates", [(1, [2e-3]), (2, [2e-3, 4e-3]), (3, [1e-3, 2e-3, 4e-3]), (5, [5e-4, 8e-3])]
+)
+def test_search_is_rates_a_factor_of_2_apart_around_the_default(number, rates):
+    found = parsed(lora, "--search", number).lr
+    assert len(found) == number and (found[0], found[-1]) == (rates[0], rates[-1])
+    assert all(b == 2 * a for a, b in zip(found, found[1:], strict=False))
+    ten = parsed(hira, "--search", number).lr
+    assert ten == pytest.approx([10 * rate for rate in found])
+    assert parsed(lora, "--search", number, "--lr", 1.0).lr == pytest.approx(
+        [rate / 2e-3 for rate in found]
+    )
+
+
+@pytest.mark.parametrize(
+    "module, words, name",
+    [
+        (lora, [], "lora"),
+        (lora, ["--rank", 32], "lora-rank32"),
+        (lora, ["--alpha", 16], "lora"),
+        (lora, ["--targets", "q_lin,k_lin", "v_lin"], "lora-targetsq_lin-k_lin-v_lin"),
+        (lora, ["--lr", 0.5, "--epochs", 9, "--batch_size", 3], "lora"),
+        (lora, ["--epochs", 0], "lora-untrained"),
+        (lora, ["--rank", 2, "--name", "mine"], "mine"),
+        (qlora, ["--no_double_quant"], "qlora-no_double_quant"),
+        (sparse_lora, ["--mode", "contextual"], "sparse_lora-contextual"),
+        (sparse_lora, ["--structure", "rank", "--sparsity", 0.25], "sparse_lora-sparsity0.25-rank"),
+        (common, [], "head_only"),
+        (common, ["--full"], "full"),
+    ],
+)
+def test_names_say_what_is_not_at_its_default(module, words, name):
+    assert parsed(module, *words).name == name
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_untrained_models_are_scored(name, good):
+    module, flags = EVERY[name]
+    [path] = module.main([*good, *map(str, flags), "--epochs", "0", "--lr", "1e-3", "2e-3"])
+    result = json.loads(path.read_text())
+    assert result["untrained"] and result["curve"] == [] and result["name"].endswith("-untrained")
+    assert result["metrics"]["test"]["accuracy"] > 0
+
+
+def test_other_settings_are_an_error_before_any_training(good, capfd, monkeypatch):
+    lora.main(good)
+    monkeypatch.setattr(lora, "train", None)
+    code, error = ended(capfd, lora, *good, "--seeds", 1, 0, "--warmup", 0.5)
+    assert code == 2 and "--warmup 0.06 there, 0.5 here" in error
+    assert "--name" in error and "--force" in error
+    for harmless in (["--save_every", 2], ["--data_dir", "x"]):
+        assert lora.main([*good, *map(str, harmless)]) == []
+
+
+def test_force_runs_again_and_name_keeps_both(good, tmp_path):
+    [first] = lora.main(good)
+    [again] = lora.main([*good, "--warmup", "0.5", "--force"])
+    [other] = lora.main([*good, "--name", "other"])
+    assert first == again != other and first.exists() and other.exists()
+
+
+def test_a_file_of_flags(tmp_path, capfd):
+    (tmp_path / "flags.txt").write_text("--rank 4  # small\n\n--seeds 3 4\n")
+    args = parsed(lora, f"@{tmp_path / 'flags.txt'}")
+    assert args.rank == 4 and args.seeds == [3, 4] and str(tmp_path) not in args.command
+    for content in (b"\xff\xfe\x00", b"--name 'open"):
+        (tmp_path / "flags.txt").write_bytes(content)
+        code, error = ended(capfd, lora, f"@{tmp_path / 'flags.txt'}")
+        assert code == 2 and "flags.txt: not a file of flags" in error
+
+
+def test_one_folder_is_one_name(models, reviews, tmp_path, monkeypatch):
+    (tmp_path / "my").symlink_to(reviews)
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", models("distilbert"), "--max_length", "24", "--max_steps", "1"]
+    words += ["--no_timing", "--out", "out"]
+    assert lora.main(["--dataset", "my", *words])
+    for same in ("my/", "./my", "../" + tmp_path.name + "/my"):
+        assert lora.main(["--dataset", same, *words]) == [] or same.startswith("..")
+
+
+WRONG = {  # flags, what the line names
+    "rank 0": (["--rank", 0], "argument --rank: '0' is not a whole number of 1 or more"),
+    "rate": (["--lr", "fast"], "argument --lr: 'fast' is not a positive number"),
+    "negative rate": (["--lr", -1], "--lr"),
+    "nan": (["--head_lr", "nan"], "--head_lr"),
+    "share": (["--warmup", 1], "argument --warmup: '1' is not a share"),
+    "unknown flag": (["--ranks", 3], "--ranks"),
+    "no abbreviation": (["--ran", 3], "--ran"),
+    "data set": (["--dataset", "nowhere"], "--dataset nowhere: neither a folder nor one of"),
+    "model": (["--model", "/nowhere"], "--model /nowhere"),
+    "name": (["--name", "a/b"], "--name 'a/b'"),
+    "targets": (["--targets", ","], "--targets names no layer"),
+    "search": (["--search", 3, "--lr", 1, 2], "--search 3: around one --lr"),
+    "device": (["--device", "tpu"], "--device tpu"),
+    "length": (["--max_length", 5000], "--max_length 5000"),
+    "heldout text": (["--dataset", "demo_lm", "--heldout", 5], "--heldout 5: only for labelled"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_every_wrong_word_is_one_line(what, good, capfd):
+    words, named = WRONG[what]
+    if what == "heldout text":
+        good = good[good.index("--max_steps") :]
+    code, error = ended(capfd, lora, *good, *words)
+    assert code == 2 and named in error
+
+
+def test_flags_of_the_other_mode_are_refused(good, capfd):
+    for words in (["--mode", "contextual", "--penalty", 1], ["--estimator", "svd"]):
+        code, error = ended(capfd, sparse_lora, *good, *words)
+        assert code == 2 and "not with --mode" in error
+
+
+@pytest.mark.parametrize("name", ["lora", "hira", "qlora", "sparse_lora", "hybrid", "common"])
+def test_help_is_quick_and_says_each_default(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and module.__doc__.split("\n")[0] in shown
+    assert "(default: demo)" in shown and "(default: 32)" in shown
+    code = f"import sys; sys.argv = ['x', '--help']\nimport {name}\ntry:\n    {name}.main()\n"
+    code += "except SystemExit:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert "torch" in loaded and not loaded & {"transformers", "datasets", "bitsandbytes"}

@@ -1,0 +1,142 @@
+"""The process around a run: memory that does not suffice, signals, the hub, quiet libraries."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ended, rows_flags
+
+import common
+import lora
+from harness import rows
+from harness.process import explain_out_of_memory, stop_signals
+
+ROOT = Path(__file__).parents[1]
+RUN = Namespace(batch_size=32, grad_accum=1, max_length=128, device="cpu")
+CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(CPU)]
+)
+def test_out_of_memory_is_one_line_that_says_what_is_smaller(error, capfd):
+    with pytest.raises(SystemExit) as stop, explain_out_of_memory(RUN):
+        raise error
+    said = capfd.readouterr().err
+    assert stop.value.code == 1 and said.count("\n") == 1
+    assert "--batch_size 16 with --grad_accum 2" in said and "--checkpointing" in said
+
+
+def test_other_errors_pass(capfd):
+    for error in (RuntimeError("shapes cannot be multiplied"), ValueError("x")):
+        with pytest.raises(type(error)), explain_out_of_memory(RUN):
+            raise error
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("place", ["gradient", "score"])
+def test_a_run_that_needs_too_much(place, models, reviews, tmp_path, monkeypatch, capfd):
+    def full(*_, **__):
+        raise RuntimeError(CPU)
+
+    monkeypatch.setattr(common, place, full)
+    words = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
+    code, error = ended(capfd, lora, *words)
+    assert code == 1 and "out of memory on cpu" in error and not list(tmp_path.glob("*.json"))
+
+
+def test_a_second_signal_stops_at_once_and_handlers_are_handed_back(capfd):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop, stop_signals() as got:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert got == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.code == 128 + signal.SIGINT and "at once" in capfd.readouterr().err
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def process(tmp_path, *words, **environment):
+    """(status, stdout, stderr) of lora.py started as a user would start it, without a hub's cache."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
+    kept = {k: v for k, v in kept.items() if "proxy" not in k.lower()}
+    done = subprocess.run(
+        [sys.executable, ROOT / "lora.py", *map(str, words), "--out", tmp_path / "out"],
+        cwd=tmp_path,
+        timeout=90,
+        capture_output=True,
+        text=True,
+        env=kept | {"HF_HOME": str(tmp_path / "hf")} | environment,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(tmp_path):
+    """The libraries' own retries take minutes; the limit of 90 s is theirs not to be reached."""
+    with socket.socket() as closed:  # taken, and not listening: every connection is refused
+        closed.bind(("127.0.0.1", 0))
+        hub = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        words = ["--dataset", "sst2", "--data_dir", "nowhere"]
+        status, out, error = process(tmp_path, *words, HF_ENDPOINT=hub)
+    assert status == 2 and out == "" and error.count("\n") == 1, error
+    for name in ("distilbert-base-uncased", "--model", "--data_dir", "--dataset demo"):
+        assert name in error
+
+
+def test_an_unreachable_hub_is_asked_once_and_briefly(monkeypatch):
+    asked = []
+
+    def silent(address, timeout):
+        asked.append((address, timeout))
+        raise TimeoutError
+
+    monkeypatch.setattr(rows.socket, "create_connection", silent)
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.example:8443")
+    for key in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(key, raising=False)
+    rows.offline_if_unreachable.cache_clear()
+    rows.offline_if_unreachable()
+    rows.offline_if_unreachable()
+    assert asked == [(("hub.example", 8443), 3)] and os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_only_our_own_lines_reach_the_terminal(models, reviews, tmp_path):
+    words = [*rows_flags(models, reviews), "--max_steps", 2, "--no_timing"]
+    status, out, error = process(tmp_path, *words)
+    assert status == 0 and error == ""
+    starts = [
+        "reviews, seed 0: ",
+        "lora: ",
+        "lora lr 0.002 seed 0: accuracy",
+        "trained 2 steps in ",
+    ]
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
+
+
+@pytest.mark.parametrize("damage", ["no weights", "torn", "no tokenizer", "a file"])
+def test_wrong_model_folders(damage, models, reviews, tmp_path, capfd):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(models("distilbert"), folder)
+    weights = folder / "model.safetensors"
+    if damage == "no weights":
+        weights.unlink()
+    elif damage == "torn":
+        weights.write_bytes(weights.read_bytes()[:500])
+    elif damage == "no tokenizer":
+        for path in folder.glob("token*"):
+            path.unlink()
+    else:
+        shutil.rmtree(folder)
+        folder.write_text("x")
+    words = [*rows_flags(models, reviews), "--model", folder, "--out", tmp_path / "out"]
+    code, error = ended(capfd, lora, *words)
+    assert code == 2 and f"--model {folder}" in error and not (tmp_path / "out").exists()
