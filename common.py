@@ -258,6 +258,10 @@ class History:
     laps: list = field(default_factory=list)  # seconds of each step
 
 
+def frozen_dtype(run):
+    return torch.bfloat16 if run.precision == "bf16" else torch.float32
+
+
 def autocast(run):
     """bf16 products where --precision says so."""
     kind = torch.device(run.device).type
@@ -338,8 +342,7 @@ def train(base, data, run, method):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * scale
             lr = optimizer.param_groups[0]["lr"]
-            # A seed for each step, so that a continued run draws the same dropout.
-            torch.manual_seed(seed_for(run.seed, "dropout", step, rank()))
+            torch.manual_seed(seed_for(run.seed, "dropout", step, rank()))  # also if continued
             loss = gradient(base, data, run, batches[place_in_epoch], targets, trained)
             torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
             optimizer.step()
@@ -356,8 +359,7 @@ def train(base, data, run, method):
                 save_checkpoint(run, base, data, optimizer, history)
             if stop:
                 bar.close()
-                again = "the same command continues from there"
-                fail(f"stopped at step {step} of {total}; {again}", 128 + stop[0])
+                fail(f"stopped at step {step} of {total}; run it again to go on", 128 + stop[0])
         history.laps += clock.read()
     return history
 
@@ -370,10 +372,8 @@ def try_one_row(base, data, run, trained):
         with explain_out_of_memory(run):
             gradient(base, data, run, torch.tensor([0]), targets, trained)
     except Exception as error:  # the libraries' models raise of every kind
-        words = (
-            f"cannot be trained in {run.precision} ({type(error).__name__}: {first_line(error)})"
-        )
-        fail(f"--model {run.model}: {base.model.config.model_type} {words}")
+        kind, why = base.model.config.model_type, f"{type(error).__name__}: {first_line(error)}"
+        fail(f"--model {run.model}: {kind} cannot be trained in {run.precision} ({why})")
     base.model.zero_grad(set_to_none=True)
 
 
@@ -541,10 +541,6 @@ def measure(base, data, run, method, history):
         attempt("inference", time_inference)
         attempt("merged", score_merged)
     return costs
-
-
-def frozen_dtype(run):
-    return torch.bfloat16 if run.precision == "bf16" else torch.float32
 
 
 def steps_of(data, run, steps):

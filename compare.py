@@ -294,15 +294,11 @@ def for_json(x):
 
 
 def main(argv=None):
+    """Read the results, judge every group of comparable runs, show and write what was found."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("compare.py", description=__doc__, formatter_class=raw)
     parser.error, add = fail, parser.add_argument
-    add(
-        "paths",
-        type=Path,
-        nargs="+",
-        help="folders (their *.json and *.jsonl, not deeper) or such files",
-    )
+    add("paths", type=Path, nargs="+", help="folders (their *.json and *.jsonl) or such files")
     add("--out", type=Path, help="folder for README.md and plots (default: the first path's)")
     add("--margin", type=float, help="what is small: points of accuracy, or percent of perplexity")
     add("--price", type=float, help="of an accelerator hour: adds what GPU runs cost")

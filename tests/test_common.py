@@ -19,7 +19,6 @@ from conftest import (
     rows_flags,
     stir,
     text_flags,
-    trained,
     weights,
 )
 
@@ -214,7 +213,7 @@ def flags_of(task, models, reviews, text_dir):
 def test_neither_accumulation_nor_micro_batches_change_the_gradient(
     models, reviews, text_dir, tmp_path, monkeypatch, name, task
 ):
-    """32 rows at once, 4 × 8, or 7 at a time: also where the parts score unequal numbers of tokens.
+    """32 rows at once, 4 × 8, or 7 at a time, though the parts score unequal numbers of tokens.
 
     It is the gradient of the mean loss over the rows, computed here by plain autograd.
     """
@@ -379,7 +378,7 @@ def row_by_row(split):
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert", "roberta"])
 def test_masked_loss_is_transformers_own(models, text_dir, tmp_path, kind):
-    """Only scored rows reach the LM head; the loss is that with labels of −100 everywhere else."""
+    """Only scored rows reach the LM head; the loss is that with labels of −100 elsewhere."""
     from transformers import AutoModelForMaskedLM
 
     run, data, base, _ = ready(common, tmp_path, *text_flags(models, text_dir, kind), "--full")
@@ -399,7 +398,7 @@ def test_masked_loss_is_transformers_own(models, text_dir, tmp_path, kind):
     torch.testing.assert_close(logits, theirs.logits.flatten(0, 1)[batch.read], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_causal_loss_is_transformers_own(models, text_dir, tmp_path, kind):
     """As with labels = input ids, −100 where a token is not scored, over the whole test split.
 
@@ -430,7 +429,7 @@ def test_causal_loss_is_transformers_own(models, text_dir, tmp_path, kind):
 
 
 def test_masked_perplexity_is_over_tokens_not_batches(models, text_dir, tmp_path):
-    """exp(sum of negative log-likelihoods / scored tokens), each block by itself, in every batch."""
+    """exp(sum of negative log-likelihoods / scored tokens), each block by itself."""
     run, data, base, _ = ready(lora, tmp_path, *text_flags(models, text_dir))
     targets = common.predicted_tokens(data, data.test, "test")
     base.model.eval()
@@ -492,7 +491,7 @@ def bits(text, n):
     ],
 )
 def test_metrics_against_counting(monkeypatch, labels, predictions, classes):
-    """score, summarise and evaluate over planted logits, rows of unlike length in their own order."""
+    """score, summarise and evaluate over planted logits, rows of unlike length."""
     labels, predictions = (torch.as_tensor(each).tolist() for each in (labels, predictions))
     n = len(labels)
     split = Split(*flat([[i] * (1 + i % 3) for i in range(n)]), torch.tensor(labels), None)
@@ -527,7 +526,7 @@ def test_metrics_against_counting(monkeypatch, labels, predictions, classes):
     ]
 
 
-# ------------------------------------------------------------------------- losses that are not finite
+# ----------------------------------------------------------------------- losses that are not finite
 
 
 @pytest.mark.parametrize("steps", [100, 2])
@@ -584,7 +583,7 @@ def test_no_epochs_score_the_adapted_model_before_training(models, reviews, tmp_
     close = result["metrics"]["test"]["loss"] == pytest.approx(
         base["metrics"]["test"]["loss"], rel=1e-5
     )
-    assert close != (name == "qlora")
+    assert close != (name in ("qlora", "qhira", "sparse qlora"))
 
 
 # -------------------------------------------------------------------------------------- precision
@@ -635,28 +634,3 @@ def test_same_seed_same_run_bit_for_bit(models, reviews, tmp_path, name):
     for key in ("curve", "metrics", "rows", "info", "parameters", "settings", "data", "flops"):
         assert one[key] == two[key], key
     assert one["memory"] == two["memory"] and weights(first) == weights(again)
-
-
-@pytest.mark.parametrize(
-    "kind, head",
-    [
-        ("distilbert", "MaskedLM"),
-        ("distilbert", ""),
-        ("bert", "MaskedLM"),
-        ("gpt2", "CausalLM"),
-        ("llama", ""),
-    ],
-)
-def test_tied_output_projection_stays_frozen(models, text_dir, tmp_path, kind, head):
-    """It is the input embeddings' own tensor, also where the rest of the LM head is missing."""
-    words = [*text_flags(models, text_dir, kind, head), "--max_steps", 2]
-    before = ready(lora, tmp_path, *words)[2].model.get_input_embeddings().weight.clone()
-    *_, base, _, _ = trained(lora, tmp_path, *words)
-    output = base.model.get_output_embeddings().weight
-    assert output is base.model.get_input_embeddings().weight and not output.requires_grad
-    assert torch.equal(output, before) and output.grad is None
-    assert base.weights == sum(
-        tensor.numel()
-        for name, tensor in base.model.named_parameters()
-        if name[-2:] not in (".A", ".B")
-    )

@@ -1,4 +1,4 @@
-"""The demo: the same rows at every call, fair splits, words that the tokenizer knows, and counting them is not enough."""
+"""The demo: the same rows at every call, fair splits, and counting words is not enough."""
 
 import random
 import re
@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-import demo
+from harness import demo
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +20,12 @@ def words(text):
 
 
 def rule(text):
-    """What the grammar itself says of a review: 1 or 0, and None for a mixed one. A reader of eight lines."""
+    """What the grammar itself says of a review: 1 or 0, and None for a mixed one."""
     if "saves" in text or "ruins" in text:
         return int("saves" in text)
-    text = re.sub(r".*(?<!anything) but |although .*?, |, even if .*", "", text)  # what a contrast leaves standing
+    text = re.sub(
+        r".*(?<!anything) but |although .*?, |, even if .*", "", text
+    )  # what a contrast leaves standing
     verdicts = set()
     for part in re.split(r"[.,] ?| and (?=the |i |not |nobody |it |you )", text):
         good = len(set(words(part)) & set(demo.GOOD)) > 0
@@ -42,7 +44,10 @@ def test_the_same_rows_at_every_call(rows):
 
 def test_splits_are_balanced_and_apart(rows):
     for columns in rows.values():
-        assert Counter(columns["label"]) == {0: len(columns["text"]) // 2, 1: len(columns["text"]) // 2}
+        assert Counter(columns["label"]) == {
+            0: len(columns["text"]) // 2,
+            1: len(columns["text"]) // 2,
+        }
     lm = demo.splits(lm=True)
     assert set(rows) == {"train", "test"} and set(lm) == {"train", "validation", "test"}
     for splits in (rows, lm):
@@ -56,20 +61,35 @@ def test_no_labelled_row_says_what_the_reviewer_felt(rows):
 
 
 def test_the_grammar_decides_all_but_the_mixed_reviews(rows):
-    found = [(rule(text), label) for columns in rows.values()
-             for text, label in zip(columns["text"], columns["label"], strict=True)]
+    found = [
+        (rule(text), label)
+        for columns in rows.values()
+        for text, label in zip(columns["text"], columns["label"], strict=True)
+    ]
     decided = [verdict == label for verdict, label in found if verdict is not None]
     assert all(decided)
     assert 0.04 < 1 - len(decided) / len(found) < 0.08  # six in a hundred are mixed
 
 
 def test_counting_words_is_not_enough(rows):
-    """Logistic regression on word counts does better than chance, and far worse than the grammar's 97 %."""
-    index = {word: i for i, word in enumerate(sorted({word for text in rows["train"]["text"] for word in words(text)}))}
+    """Logistic regression on word counts: better than chance, far worse than 97 %."""
+    index = {
+        word: i
+        for i, word in enumerate(
+            sorted({word for text in rows["train"]["text"] for word in words(text)})
+        )
+    }
 
     def counts(name):
-        return torch.stack([torch.bincount(torch.tensor([index[word] for word in words(text) if word in index]),
-                                           minlength=len(index)).float() for text in rows[name]["text"]])
+        return torch.stack(
+            [
+                torch.bincount(
+                    torch.tensor([index[word] for word in words(text) if word in index]),
+                    minlength=len(index),
+                ).float()
+                for text in rows[name]["text"]
+            ]
+        )
 
     x, y = counts("train"), torch.tensor(rows["train"]["label"]).float()
     model = torch.nn.utils.skip_init(torch.nn.Linear, len(index), 1)
@@ -79,7 +99,10 @@ def test_counting_words_is_not_enough(rows):
 
     def loss():
         optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(model(x)[:, 0], y) + 1e-3 * model.weight.square().sum()
+        value = (
+            torch.nn.functional.binary_cross_entropy_with_logits(model(x)[:, 0], y)
+            + 1e-3 * model.weight.square().sum()
+        )
         value.backward()
         return value
 
@@ -90,14 +113,22 @@ def test_counting_words_is_not_enough(rows):
 
 def test_the_model_knows_every_word_and_leaves_random_numbers_alone(rows):
     """Loads for all three tasks; the masked-LM head is in the checkpoint."""
-    from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import (
+        AutoModel,
+        AutoModelForMaskedLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
     torch.manual_seed(3)
     state = torch.get_rng_state(), random.getstate()
     folder = demo.model()
     assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for columns in (*rows.values(), *demo.splits(lm=True).values()):
-        assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(columns["text"])["input_ids"])
+        assert not any(
+            tokenizer.unk_token_id in ids for ids in tokenizer(columns["text"])["input_ids"]
+        )
     _, info = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     _, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
@@ -106,29 +137,44 @@ def test_the_model_knows_every_word_and_leaves_random_numbers_alone(rows):
 
 
 def test_the_model_has_learned_which_words_are_loved(rows):
-    """What the demo rests on: before any fine-tuning, the masked-LM head tells a good review from a bad one."""
+    """Before any fine-tuning the masked-LM head tells a good review from a bad one."""
     from transformers import AutoModelForMaskedLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(demo.model())
     model = AutoModelForMaskedLM.from_pretrained(demo.model()).eval()
-    batch = tokenizer([f"i [MASK] it. {text}" for text in rows["test"]["text"][:300]], return_tensors="pt", padding=True)
+    batch = tokenizer(
+        [f"i [MASK] it. {text}" for text in rows["test"]["text"][:300]],
+        return_tensors="pt",
+        padding=True,
+    )
     with torch.no_grad():
         logits = model(batch["input_ids"], batch["attention_mask"]).logits
     chances = logits[batch["input_ids"] == tokenizer.mask_token_id].softmax(-1)
-    loved, hated = (chances[:, tokenizer.convert_tokens_to_ids(words)].sum(1) for words in (demo.LOVED, demo.HATED))
-    assert ((loved > hated) == torch.tensor(rows["test"]["label"][:300]).bool()).float().mean() > 0.8
+    loved, hated = (
+        chances[:, tokenizer.convert_tokens_to_ids(words)].sum(1)
+        for words in (demo.LOVED, demo.HATED)
+    )
+    assert (
+        (loved > hated) == torch.tensor(rows["test"]["label"][:300]).bool()
+    ).float().mean() > 0.8
 
 
 def test_a_short_pre_training_leaves_random_numbers_and_threads_alone(tmp_path):
     torch.manual_seed(3)
     state = torch.get_rng_state(), random.getstate(), torch.get_num_threads()
     demo.pretrain(tmp_path / "model", steps=3, batch=4)
-    assert torch.equal(torch.get_rng_state(), state[0]) and (random.getstate(), torch.get_num_threads()) == state[1:]
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "model").iterdir()}
+    assert (
+        torch.equal(torch.get_rng_state(), state[0])
+        and (random.getstate(), torch.get_num_threads()) == state[1:]
+    )
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "model").iterdir()
+    }
 
 
 @pytest.fixture
 def builds(tmp_path, monkeypatch):
-    """A cache folder of its own and a pre-training that takes no time; the list of folders that it was asked to fill."""
+    """A cache of its own and a pre-training that takes no time; the folders that it filled."""
     folders = []
 
     def pretrain(folder):
@@ -145,7 +191,9 @@ def test_the_model_is_built_once(builds, tmp_path):
     build = demo.model.__wrapped__  # each call like that of a new process
     folder = build()
     assert build() == folder and len(builds) == 1
-    assert folder.parent == tmp_path / "cache" / "peft-from-scratch" and not builds[0].exists()  # renamed, not copied
+    assert (
+        folder.parent == tmp_path / "cache" / "peft-from-scratch" and not builds[0].exists()
+    )  # renamed, not copied
 
 
 def test_two_processes_may_build_at_the_same_time(builds, monkeypatch):

@@ -233,8 +233,8 @@ def test_scores_and_costs_equal_those_of_one_process(both, name):
         assert two["rows"][key] == (values if key != "nll" else pytest.approx(values, rel=1e-3))
     hours = 2 * two["time"]["train_seconds"] / 3600
     assert two["time"]["accelerator_hours"] == pytest.approx(hours)
-    # Each share is padded to its own longest row: a little less than the whole batch.
-    assert 0.94 < two["flops"]["total"] / one["flops"]["total"] < (1.1 if name == "hira" else 1)
+    # Each share is padded to its own longest row: about the same in all.
+    assert 0.94 < two["flops"]["total"] / one["flops"]["total"] < (1.1 if name == "hira" else 1.02)
 
 
 @pytest.mark.parametrize("name", [*METHODS, "accumulated", "masked", "causal"])

@@ -1,4 +1,4 @@
-"""The command line: runs by rate and seed, names, checks; every wrong word is one line, status 2."""
+"""The command line: runs by rate and seed, names; every wrong word is one line."""
 
 import importlib
 import json
@@ -131,8 +131,8 @@ def test_one_folder_is_one_name(models, reviews, tmp_path, monkeypatch):
     words = ["--model", models("distilbert"), "--max_length", "24", "--max_steps", "1"]
     words += ["--no_timing", "--out", "out"]
     assert lora.main(["--dataset", "my", *words])
-    for same in ("my/", "./my", "../" + tmp_path.name + "/my"):
-        assert lora.main(["--dataset", same, *words]) == [] or same.startswith("..")
+    for same in ("my/", "./my"):
+        assert lora.main(["--dataset", same, *words]) == []
 
 
 WRONG = {  # flags, what the line names
@@ -178,7 +178,7 @@ def test_help_is_quick_and_says_each_default(name, capsys):
     assert stop.value.code == 0 and module.__doc__.split("\n")[0] in shown
     assert "(default: demo)" in shown and "(default: 32)" in shown
     code = f"import sys; sys.argv = ['x', '--help']\nimport {name}\ntry:\n    {name}.main()\n"
-    code += "except SystemExit:\n    print(*sys.modules)"
+    code += "except SystemExit:\n    print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    loaded = set(done.stdout.split())
+    loaded = set(done.stderr.split())
     assert "torch" in loaded and not loaded & {"transformers", "datasets", "bitsandbytes"}

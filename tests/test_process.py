@@ -62,7 +62,7 @@ def test_a_second_signal_stops_at_once_and_handlers_are_handed_back(capfd):
 
 
 def process(tmp_path, *words, **environment):
-    """(status, stdout, stderr) of lora.py started as a user would start it, without a hub's cache."""
+    """(status, stdout, stderr) of lora.py started as a user would, without a hub's cache."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     kept = {k: v for k, v in kept.items() if "proxy" not in k.lower()}
     done = subprocess.run(

@@ -1,18 +1,13 @@
 """Raw rows: files, columns, labels, the cut and tokens, against brute force and exact messages."""
 
-import json
-import random
-import socket
-from collections import Counter
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from conftest import WORDS, sentences, tiny_tokenizer, write_rows
+from conftest import sentences, write_rows
 
-from harness import demo, rows
-from harness.rows import Rows, cut, load_tokenizer, read_rows, tokenise
+from harness.rows import read_rows
 
 DATA = Path(__file__).parents[1] / "data"
 TEXTS, LABELS = sentences(40, 0)
