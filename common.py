@@ -13,6 +13,7 @@ evaluate, measure. Nothing here knows a method; what one wants differently its `
 import base64
 import contextlib
 import functools
+import gc
 import hashlib
 import itertools
 import math
@@ -71,7 +72,9 @@ class Batch(NamedTuple):
     target: torch.Tensor  # (R,) int64, labels or token ids
 
     def to(self, device):
-        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in self))
+        """The batch on `device`; pinned, so that a GPU fetches it while it still computes."""
+        tensors = [t.pin_memory() if "cuda" in device and t is not None else t for t in self]
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
 
 
 def load_data(run):
@@ -98,13 +101,8 @@ def load_data(run):
         *splits, official = split_text(run, tokenizer, masked=task == "mlm")
     highest = max(split.tokens.max().item() for split in splits)
     if highest >= size:
-        token = f"token {highest}, where the model has {size}"
-        fail(f"--model {run.model}: its tokenizer is another model's: {token}")
-    description = {"task": task, "test_split": rows.test_split, "classes": rows.classes}
-    description |= describe(*splits, official)
-    kind = {"classification": "rows", "mlm": "masked-LM blocks", "clm": "causal blocks"}[task]
-    sizes = ", ".join(f"{description[name]:,} {name}" for name in ("train", "dev", "test"))
-    say(f"{run.settings['dataset']}, seed {run.seed}: {sizes} {kind} (test: {rows.test_split})")
+        fail(f"--model {run.model}: token {highest} of its tokenizer, but {size} embeddings")
+    description = describe(run, rows, task, *splits, official)
     ids = (pad, tokenizer.mask_token_id, min(len(tokenizer), size))
     return Data(task, last, rows.classes, *ids, *splits, official, description)
 
@@ -199,10 +197,11 @@ class Base:
 
 
 def load_base(run, data):
-    """The pre-trained model with a head for the task, in fp32 on the CPU; returns a Base.
+    """The pre-trained model with a head for the task, on the CPU; returns a Base.
 
-    The head is what the checkpoint lacks, and a classification head that it brings; one with
-    another number of labels is drawn anew. Leaves the global generator seeded for the adapter.
+    What is trained is fp32; the rest too, or as in the checkpoint where training is in bf16. The
+    head is what the checkpoint lacks, and a classification head that it brings; one with another
+    number of labels is drawn anew. Leaves the global generator seeded for the adapter.
     """
     _, config = load_tokenizer(run.model)
     config = models.configure(config, run.base_dropout, data.pad, data.classes)
@@ -212,8 +211,10 @@ def load_base(run, data):
     digest, weights = hashlib.sha256(), 0
     for name, tensor in sorted(model.named_parameters()):
         tensor.requires_grad_(name in head)
-        digest.update(b"" if name in head else tensor.numpy().data)
+        digest.update(b"" if name in head else models.bytes_of(tensor))
         weights += tensor.numel()
+        if name in head or run.precision == "fp32":
+            tensor.data = tensor.float()
     base = Base(model, head, digest.hexdigest(), weights)
     read = (lambda: base.batch.read), data.reads_last
     base.last_block_cut = models.compute_read_rows_only(model, data.task, *read)
@@ -270,6 +271,7 @@ def autocast(run):
 
 def place(base, run):
     """Move the model to the device; in bf16 its frozen matrices, not what is trained or small."""
+    gc.collect()  # the model of the run before, whose hooks point back at it
     with explain_out_of_memory(run):
         for tensor in base.model.parameters():
             if run.precision == "bf16" and tensor.ndim > 1 and not tensor.requires_grad:
@@ -387,9 +389,8 @@ def gradient(base, data, run, rows, targets, trained):
     """Leave the gradient of the mean loss over the global batch `rows` in .grad; returns that loss.
 
     The loss is the sum over scored examples or tokens, divided by their number in all micro-batches
-    and processes: neither accumulation nor the number of processes changes the gradient (but for
-    work that is picked for each part, as in contextual sparsity). Each process takes every
-    world()-th row; one without rows adds zeros.
+    and processes: cutting the batch does not change the gradient (but for channels that are picked
+    for each part). Each process takes every world()-th row; one without rows adds zeros.
     """
     scored = targets.counts[rows].sum().clamp(min=1).item()
     loss = torch.zeros((), device=run.device)
@@ -452,7 +453,7 @@ def evaluate(base, data, run):
         bits = np.packbits((predicted == data.test.labels).numpy())
         rows = {"correct": base64.b64encode(bits.tobytes()).decode()}
     else:
-        rows = {"nll": nll.tolist(), "scored": scored.tolist()}
+        rows = {"nll": nll.round(decimals=3).tolist(), "scored": scored.tolist()}
     first = "accuracy" if data.classes else list(metrics["test"])[-1]
     shown = " · ".join(f"{name} {part[first]:.4f}" for name, part in metrics.items())
     say(f"{run.name} lr {run.lr:g} seed {run.seed}: {first.replace('_', ' ')}: {shown}")
@@ -489,8 +490,7 @@ def score(base, data, split, run, what):
         dist.all_reduce(nll)
         dist.all_reduce(predicted)
     if not nll.isfinite().all():
-        broken = "training broke the weights; try a smaller --lr or --head_lr"
-        fail(f"the loss on the {what} rows is not finite: {broken}", status=1)
+        fail(f"the loss on {what} is not finite; try a smaller --lr or --head_lr", status=1)
     return nll.cpu(), targets.counts, predicted.cpu()
 
 
@@ -589,8 +589,7 @@ def count_memory(base, data, run, method):
         known["optimizer"] = []
         del optimizer, states  # or its state would count in inference
     model.eval()
-    lengths = data.test.lengths
-    rows = scoring_parts(lengths, run)[-1]
+    rows = scoring_parts(data.test.lengths, run)[-1]
     batch = collate(data, data.test, rows, predicted_tokens(data, data.test, "test")).to(run.device)
     with torch.no_grad(), autocast(run):
         peak_of("inference", lambda: forward(base, batch))
@@ -671,7 +670,7 @@ def add_args(parser):
 def adapt(base, run):
     """The baseline: nothing is added; with --full the base is trained too."""
     if run.method == "full":
-        base.model.requires_grad_(True)
+        base.model.float().requires_grad_(True)  # what is trained is fp32
     return {}
 
 

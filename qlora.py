@@ -117,7 +117,8 @@ def quantise(weight):
     """
     blocks = blocks_of(weight.float().flatten(), 64)
     absmax = blocks.abs().amax(1)
-    codes = nearest(blocks * (1 / absmax.clamp(min=1e-38))[:, None], NF4).flatten()
+    table, inverse = tables(absmax.device)[2], 1 / absmax.clamp(min=1e-38)
+    codes = nearest(blocks * inverse[:, None], table).flatten()
     return (codes[::2] << 4 | codes[1::2])[: (weight.numel() + 1) // 2], absmax
 
 
@@ -126,11 +127,11 @@ def quantise_scales(absmax):
 
     The scales are all positive: their mean is taken off before 256 at a time take 8 bits each.
     """
-    offset = absmax.mean()
+    table, offset = tables(absmax.device)[1], absmax.mean()
     blocks = blocks_of(absmax - offset, 256)
     absmax2 = blocks.abs().amax(1)
     return (
-        nearest(blocks / absmax2.clamp(min=1e-38)[:, None], DYNAMIC).flatten()[: len(absmax)],
+        nearest(blocks / absmax2.clamp(min=1e-38)[:, None], table).flatten()[: len(absmax)],
         absmax2,
         offset,
     )
@@ -138,8 +139,8 @@ def quantise_scales(absmax):
 
 @functools.cache
 def tables(device):
-    """(PAIRS, DYNAMIC) on `device`, copied there once: a GPU would wait for every copy."""
-    return PAIRS.to(device), DYNAMIC.to(device)
+    """(PAIRS, DYNAMIC, NF4) on `device`, copied there once: a GPU would wait for every copy."""
+    return PAIRS.to(device), DYNAMIC.to(device), NF4.to(device)
 
 
 def dequantise_scales(codes, absmax2, offset):
@@ -180,11 +181,11 @@ class NF4Linear(nn.Module):
 
     keys = {}  # nothing trained
 
-    def __init__(self, layer, double_quant, backend):
+    def __init__(self, layer, double_quant, backend, device="cpu"):
         super().__init__()
         self.shape, self.bias, self.backend = weight_of(layer).shape, layer.bias, backend
         # As whole blocks of 64: bitsandbytes' CPU kernel errs where a row ends within a block.
-        blocks = blocks_of(weight_of(layer).detach().float().flatten(), 64)
+        blocks = blocks_of(weight_of(layer).detach().to(device).float().flatten(), 64)
         if backend == "torch":
             packed, absmax = quantise(blocks)
             scales = quantise_scales(absmax) if double_quant else (absmax,)
@@ -285,14 +286,15 @@ def find_backend(wanted):
 
 
 def quantise_blocks(base, run):
-    """Put every linear layer inside base.model's blocks into 4 bits, in place, on the CPU.
+    """Put every linear layer inside base.model's blocks into 4 bits, one by one, in place.
 
     Returns the part of a method's dict that is about the base.
     """
     model, backend = base.model, find_backend(run.nf4_backend)
     names, weights, stored = block_linears(model), 0, 0
     for name in names:
-        layer = NF4Linear(model.get_submodule(name), not run.no_double_quant, backend)
+        layer = model.get_submodule(name)
+        layer = NF4Linear(layer, not run.no_double_quant, backend, run.device)
         model.set_submodule(name, layer)
         weights += layer.shape.numel()
         stored += sum(tensor.nbytes for tensor in layer.buffers())

@@ -299,7 +299,8 @@ def slice_blocks(base, run, switch):
     acts = [getattr(config, key, None) for key in keys]
     act = next((ACT2FN[name] for name in acts if name), nn.GELU(approximate="tanh"))  # BLOOM's
     if not found:
-        fail(f"--mode contextual: no feed-forward layers known of {config.model_type}")
+        where = f"no plain feed-forward layers known in {config.model_type}"
+        fail(f"--mode contextual: {where}; --targets may name attention layers only")
     *ways_in, way_out = found[0]
     names = [name for name in linears if name.endswith(f".{ways_in[0]}")]
     blocks = [name.removesuffix(ways_in[0]) for name in names]

@@ -22,7 +22,7 @@ METHODS = {  # in the order of every table
     "qlora": "QLoRA",
     "hira": "HiRA",
     "sparse_lora": "Sparse LoRA",
-    "hybrid": "Hybrid",
+    "hybrid": "QHiRA",
 }
 DATASETS = {"sst2": "SST-2", "imdb": "IMDB", "wikitext2": "WikiText-2"}
 DEMOS = {"demo": "Demo", "demo_lm": "Demo text"}
@@ -37,6 +37,8 @@ COSTS = ("metrics", "parameters", "memory", "flops", "disk", "inference", "time"
 
 def label(method, name):
     """A row's name in tables: lora-rank32 is "LoRA rank32"."""
+    if name.startswith("hybrid-contextual"):
+        return "Sparse QLoRA" + name.removeprefix("hybrid-contextual").replace("-", " ")
     rest = name.removeprefix(method)
     if rest == name:
         return f"{METHODS.get(method, method)} ({name})"
@@ -183,10 +185,16 @@ def numbers(tree, path=""):
 
 
 def mean_numbers(runs):
-    """{dotted path: mean over the runs that have it} of scores and costs; times of timed runs."""
-    found = {}
+    """{dotted path: mean over the runs that have it} of scores and costs; times of timed runs.
+
+    Costs are of the device that most of the runs had: those of two are no mean of anything.
+    """
+    devices = [run["environment"]["device"] for run in runs]
+    found, device = {}, max(sorted(set(devices)), key=devices.count, default=None)
     for run in runs:
         kept = COSTS if run["inference"] else COSTS[:-1]
+        if run["environment"]["device"] != device:
+            kept = ("metrics",)
         for path, x in numbers({key: run.get(key) for key in kept}).items():
             found.setdefault(path, []).append(x)
     return {path: float(np.mean(x)) for path, x in found.items()}

@@ -249,8 +249,9 @@ class Table:
 
     def label_names(self, labels):
         for row, label in enumerate(labels):
-            if label in (None, -1) or not str(label).strip():
+            if label in (None, -1) or label != label or not str(label).strip():  # nan: empty in CSV
                 self.refuse("has no label (empty or -1); fill it or drop the row", row)
+        for row, label in enumerate(labels):
             if isinstance(label, bool) or not isinstance(label, int | str):
                 self.refuse(f"has the label {label!r}; wanted: 0, 1, … or names", row)
         return [self.classes[label] for label in labels] if self.classes else [*map(str, labels)]

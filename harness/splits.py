@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from harness.process import fail
+from harness.process import fail, say
 from harness.rows import cut, load_tokenizer, read_rows, tokenise
 
 
@@ -48,12 +48,16 @@ class Split:
         return digest.hexdigest()
 
 
-def describe(train, dev, test, official):
-    """The sizes and hashes of the splits for the result file: the same rows are the same hash."""
-    sizes = {"official": official}
+def describe(run, rows, task, train, dev, test, official):
+    """The data's part of the result file, and a line on the terminal. Same rows, same hash."""
+    found = {"task": task, "test_split": rows.test_split, "classes": rows.classes}
+    found["official"] = official
     for name, split in (("train", train), ("dev", dev), ("test", test)):
-        sizes |= {name: len(split.lengths), f"{name}_sha256": split.sha256()}
-    return sizes
+        found |= {name: len(split.lengths), f"{name}_sha256": split.sha256()}
+    sizes = ", ".join(f"{found[name]:,} {name}" for name in ("train", "dev", "test"))
+    kind = {"classification": "rows", "mlm": "masked-LM blocks", "clm": "causal blocks"}[task]
+    say(f"{run.settings['dataset']}, seed {run.seed}: {sizes} {kind} (test: {rows.test_split})")
+    return found
 
 
 def draw(rows, size, *names):

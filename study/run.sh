@@ -2,8 +2,9 @@
 # The study: run what is missing, then renew study/*.jsonl, the page and the plots.
 #
 #   bash study/run.sh                     everything that is listed below
-#   JOBS=4 bash study/run.sh              so many runs at a time (default: one a core)
-#   MODEL=distilbert-base-uncased bash study/run.sh
+#   bash study/run.sh sst2 wikitext2      these blocks alone: sst2 ranks hybrids wikitext2 imdb smollm2
+#   JOBS=4 bash study/run.sh              so many processes at a time (default: one a core)
+#   MODEL=distilbert-base-uncased bash study/run.sh sst2
 #
 # Finished runs are skipped and stopped ones continue, so it may be stopped at any time and go on in
 # another sitting. Run it from the repository's root; data/ and models/: see docs/running.md.
@@ -11,26 +12,61 @@ set -euo pipefail
 model=${MODEL:-models/all-MiniLM-L6-v2} out=results/study jobs=${JOBS:-$(nproc)}
 export OMP_NUM_THREADS=1  # after nproc, which heeds it
 
-runs() {  # runs SEEDS FLAGS...: the command of each seed, its rates in a row
+runs() {  # runs SEEDS FLAGS...: one process a seed, its rates one after the other
   local seeds=$1 seed; shift
   for seed in $(seq 0 $((seeds - 1))); do
-    echo "python $* --seeds $seed --no_timing --out $out"
+    echo "python $* --seeds $seed --precision fp32 --no_timing --out $out"
   done
 }
 
-# A pilot: a part of SST-2, three rates. The four methods have six seeds, all else has three.
-sst2="--dataset sst2 --model $model --train_samples 4000 --heldout 3000 --epochs 1 --head_lr 1e-2"
-{
-  for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $sst2 --lr 3e-3 --search 3; done
-  runs 6 hira.py $sst2 --lr 3e-2 --search 3
-  runs 3 hybrid.py $sst2 --update hira --lr 3e-2 --search 3
-  runs 3 hybrid.py $sst2 --update contextual --lr 3e-3 --search 3
-  runs 3 sparse_lora.py $sst2 --mode contextual --lr 3e-3 --search 3
-  runs 3 common.py $sst2 --lr 1e-2 --search 3
-  runs 3 common.py $sst2 --full --lr 1e-4 --search 3
-} | xargs -P "$jobs" -I{} sh -c '{}'
+four() {  # four SEEDS RATES RATE FLAGS...: the four methods; HiRA's rates are ten times as high
+  local seeds=$1 rates=$2 rate=$3; shift 3
+  for method in lora.py qlora.py sparse_lora.py; do
+    runs $seeds $method "$@" --lr $rate --search $rates
+  done
+  runs $seeds hira.py "$@" --lr ${rate/e-3/e-2} --search $rates
+}
 
-for dataset in sst2; do
-  cat $out/$dataset-*.json > study/$dataset.jsonl
+sst2() {
+  four 10 5 3e-3 $sst2
+  runs 10 sparse_lora.py $sst2 --mode contextual --lr 3e-3 --search 5
+  runs 6 common.py $sst2 --lr 4e-2 --search 5
+  runs 6 common.py $sst2 --full --lr 1e-4 --search 5
+}
+hybrids() {
+  runs 5 hybrid.py $sst2 --update hira --lr 3e-2 --search 3
+  runs 5 hybrid.py $sst2 --update contextual --lr 3e-3 --search 3
+}
+ranks() {  # alpha stays at 16
+  for rank in 2 32; do
+    runs 5 lora.py $sst2 --rank $rank --lr 3e-3 --search 3
+    runs 5 hira.py $sst2 --rank $rank --lr 3e-2 --search 3
+  done
+}
+wikitext2() {
+  four 8 5 2e-3 $wiki
+  runs 1 common.py $wiki
+  runs 1 qlora.py $wiki --epochs 0
+}
+imdb() {
+  four 6 3 3e-3 $imdb
+  runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3
+}
+smollm2() {
+  four 6 3 1e-3 $smol
+  runs 1 common.py $smol
+  runs 1 qlora.py $smol --epochs 0
+}
+
+sst2="--dataset sst2 --model $model --train_samples 8000 --heldout 3000 --head_lr 1e-2"
+wiki="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000"
+imdb="--dataset imdb --model $model --train_samples 2000 --test_samples 2000 --head_lr 1e-2"
+smol="--dataset wikitext2 --model models/smollm2 --train_samples 120 --test_samples 160 --batch_size 8"
+for block in "${@:-sst2 wikitext2 imdb hybrids ranks smollm2}"; do
+  for each in $block; do "$each"; done
+done | xargs -P "$jobs" -I{} sh -c '{}'
+
+for dataset in sst2 wikitext2 imdb; do
+  cat $out/$dataset-*.json > study/$dataset.jsonl 2> /dev/null || rm study/$dataset.jsonl
 done
 python compare.py study/ --fill README.md docs/report.md

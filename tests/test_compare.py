@@ -632,3 +632,14 @@ def test_torch_is_not_loaded():
 
     code = "import sys, compare; assert not {'torch', 'matplotlib'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(compare.__file__).parent)
+
+
+def test_costs_of_two_devices_are_not_averaged():
+    def run(device, peak, accuracy):
+        costs = {"metrics": {"test": accuracy}, "memory": {"train": peak}, "inference": {}}
+        return costs | {"environment": {"device": device}}
+
+    runs = [run("cuda", 300, 0.8), run("cpu", 100, 0.9), run("cuda", 320, 0.7)]
+    assert results.mean_numbers(runs) == pytest.approx({"metrics.test": 0.8, "memory.train": 310})
+    assert results.label("hybrid", "hybrid-contextual-rank4") == "Sparse QLoRA rank4"
+    assert results.label("hybrid", "hybrid-rank4") == "QHiRA rank4"

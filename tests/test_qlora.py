@@ -307,6 +307,7 @@ def test_paged_is_for_cuda_and_bitsandbytes(models, reviews, tmp_path, monkeypat
     assert "optimizer" not in method and not method["info"]()["paged"]
     assert qlora.train(base, data, run, method).step == 1
     run.device = "cuda"
+    monkeypatch.setattr(qlora, "block_linears", lambda model: [])
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(SystemExit) as stop:
         qlora.quantise_blocks(common.load_base(run, data), run)

@@ -6,6 +6,7 @@ import math
 import random
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -281,7 +282,10 @@ def test_a_hash_changes_with_every_token_label_and_boundary():
     hashes = [splits.Split(*part).sha256() for part in parts]
     assert len(set(hashes)) == len(parts)
     again = splits.Split(tokens.clone(), starts.clone(), labels.clone(), None)
-    assert splits.describe(again, again, again, 1) == {
+    run = SimpleNamespace(settings={"dataset": "x"}, seed=0)
+    rows = SimpleNamespace(test_split="test", classes=["a", "b"])
+    assert splits.describe(run, rows, "classification", again, again, again, 1) == {
+        **{"task": "classification", "test_split": "test", "classes": ["a", "b"]},
         **{"official": 1, "train": 2, "dev": 2, "test": 2},
         **{f"{name}_sha256": hashes[0] for name in ("train", "dev", "test")},
     }
