@@ -31,17 +31,6 @@ def test_schedule_is_the_cubic():
         assert sparse_lora.sparsity_at(total, total, final) == final
 
 
-@pytest.mark.parametrize("amount", [0.0, 0.05, 0.4])
-def test_shrink_is_the_proximal_operator_of_l1(amount):
-    """argmin_z ½(z - w)² + amount·|z|, by brute force over a grid that holds zero."""
-    w = [-1.3, -0.41, -0.2, -0.05, 0.0, 0.01, 0.05, 0.3, 0.9, 2.0]
-    w = torch.tensor(w, dtype=torch.float64)
-    grid = torch.arange(-2500, 2501, dtype=torch.float64) / 1000
-    best = grid[((grid - w[:, None]) ** 2 / 2 + amount * grid.abs()).argmin(1)]
-    shrunk = sparse_lora.shrink(w, amount)
-    assert (shrunk - best).abs().max() <= 0.0005001 and torch.equal(shrunk == 0, w.abs() <= amount)
-
-
 def test_kept_components_by_brute_force():
     """Of all ways to keep so many with one a layer at least, the one with the largest sum."""
     for keep in range(1, 10):
