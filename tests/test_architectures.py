@@ -12,10 +12,10 @@ from harness.store import save_adapter
 
 REFUSED = {  # one line says why
     ("mamba", "every adapter"): "cannot load it for SequenceClassification",
-    ("albert", "contextual"): "no feed-forward layers known",
-    ("modernbert", "contextual"): "no feed-forward layers known",
-    ("gpt2", "contextual"): "no feed-forward layers known",
-    ("phi3", "contextual"): "no feed-forward layers known",
+    ("albert", "contextual"): "no plain feed-forward layers known",
+    ("modernbert", "contextual"): "no plain feed-forward layers known",
+    ("gpt2", "contextual"): "no plain feed-forward layers known",
+    ("phi3", "contextual"): "no plain feed-forward layers known",
 }
 METHODS = [name for name in EVERY if name not in ("head only", "full")]
 

@@ -446,7 +446,7 @@ def test_masked_perplexity_is_over_tokens_not_batches(models, text_dir, tmp_path
         value = result["metrics"]["test"]["mlm_perplexity"]
         assert value == pytest.approx(math.exp(sum(nll) / sum(counts)), rel=1e-5)
         assert result["rows"]["scored"] == counts
-        assert result["rows"]["nll"] == pytest.approx(nll, rel=1e-4)
+        assert result["rows"]["nll"] == pytest.approx(nll, rel=1e-4, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert", "roberta", "gpt2", "llama", "qwen2"])

@@ -151,7 +151,7 @@ def test_flops_against_closed_formulas(name, layers, models, reviews, tmp_path):
 @pytest.mark.parametrize("task", [0, 1])
 @pytest.mark.parametrize("name", ["full", "lora", "hira", "qlora", "contextual"])
 def test_fitted_flops_against_counting_all(name, task, models, reviews, text_dir, tmp_path):
-    """Eight passes stand for all, within 2 %: rows of many lengths, padded, in parts of a batch."""
+    """Eight passes stand for all, to 2 % or exactly: rows of many lengths, padded, in parts of a batch."""
     module, flags = EVERY[name]
     words = text_flags(models, text_dir) if task else rows_flags(models, reviews)
     words = [*words, *flags, "--batch_size", 5, "--grad_accum", 2, "--eval_batch_size", 3]
@@ -159,17 +159,17 @@ def test_fitted_flops_against_counting_all(name, task, models, reviews, text_dir
     method.get("after_step", lambda *_: None)(9, 10, 0.0)  # past contextual's dense steps
     steps, trained = common.order(data.train.lengths, 10, 0, 0), common.trained_tensors(base.model)
     counts = common.count_flops(base, data, run, common.steps_of(data, run, len(steps)))
-    base.model.set_attn_implementation("eager")
-    base.model.train()
+    base.model.train().set_attn_implementation("eager")
+    near = 0.02 if task or name in ("hira", "contextual") else 1e-9  # where all is in the prices
     targets = common.predicted_tokens(data, data.train, 0, 0)
     with FlopCounterMode(display=False) as counter:
         for rows in steps:
             common.gradient(base, data, run, rows, targets, trained)
     assert len(steps) > 3 and counts["step"] == counts["total"] / len(steps)
-    assert counts["total"] == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert counts["total"] == pytest.approx(counter.get_total_flops(), near)
     with FlopCounterMode(display=False) as counter:
         common.score(base, data, data.test, run, "test")
-    assert counts["inference_row"] * data.official == pytest.approx(counter.get_total_flops(), 0.02)
+    assert counts["inference_row"] * data.official == pytest.approx(counter.get_total_flops(), near)
 
 
 def test_tied_embeddings_count_once(models, text_dir, tmp_path):

@@ -80,11 +80,9 @@ def test_plain_rows(tmp_path):
 def test_rows_of_glue(tmp_path):
     """TSV files in shards, whose quotes are letters; a hidden test split, dev for validation."""
     rows = [f'{i}\t" {text}\tNone\t{i % 2}' for i, text in enumerate(TEXTS)]
-    rows, test = (
-        ["idx\tsentence1\tsentence2\tlabel", *rows],
-        ["idx\tsentence1\tsentence2", "0\ta\tb"],
-    )
+    rows = ["idx\tsentence1\tsentence2\tlabel", *rows]
     parts = {f"train-0000{i}-of-00002_tsv": rows for i in range(2)}
+    test = ["idx\tsentence1\tsentence2", "0\ta\tb"]
     found = read(files(tmp_path / "mrpc", **parts, dev_tsv=rows, test_tsv=test, test_csv=None))
     assert found.train["text"] == 2 * found.test["text"] == [f'" {text}' for text in 2 * TEXTS]
     assert found.train["pair"] == ["None"] * 80 and found.test_split == "validation"
