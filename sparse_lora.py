@@ -71,7 +71,7 @@ def contextual_args(parser):
     left_out = "contextual: share of the feed-forward channels left out in the deep layers"
     add("--channel_sparsity", type=share, default=0.9, help=left_out)
     add("--dense_layers", type=natural, help="contextual: so many stay dense (default: half)")
-    dense = "contextual: tokens that stay dense: those that the loss reads (gated: none), or none"
+    dense = "contextual: tokens that stay dense: those that the loss reads (a causal LM: none), or none"
     add("--dense_tokens", choices=["scored", "none"], default="scored", help=dense)
     scores = "contextual: score channels exactly on 64 to 127 rows, or on all by a rank-8 SVD"
     add("--estimator", choices=["sample", "svd"], default="sample", help=scores)
@@ -298,23 +298,23 @@ def slice_blocks(base, run, switch):
     keys = ("hidden_act", "activation", "activation_function", "hidden_activation", "dense_act_fn")
     acts = [getattr(config, key, None) for key in keys]
     act = next((ACT2FN[name] for name in acts if name), nn.GELU(approximate="tanh"))  # BLOOM's
-    if not found:
+    *ways_in, way_out = found[0] if found else [None, None]
+    names = [name for name in linears if name.endswith(f".{ways_in[0]}")]
+    every = [name for name, _ in model.named_modules() if name.endswith(f".{ways_in[0]}")]
+    if not names or len(names) < len(every):
         where = f"no plain feed-forward layers known in {config.model_type}"
         fail(f"--mode contextual: {where}; --targets may name attention layers only")
-    *ways_in, way_out = found[0]
-    names = [name for name in linears if name.endswith(f".{ways_in[0]}")]
     blocks = [name.removesuffix(ways_in[0]) for name in names]
-    # A causal LM's loss reads every row: gated decoders keep none dense.
-    dense = run.dense_tokens == "scored" and len(ways_in) == 1
     first = len(blocks) // 2 if run.dense_layers is None else run.dense_layers
     if first >= len(blocks):
         fail(f"--dense_layers {first}: the model has {len(blocks)} layers, so none would be sliced")
 
     def rows():
         """Positions of the rows to score channels on, and of those to keep dense."""
-        real = base.batch.real
+        real, read = base.batch.real, base.batch.read
         step = max(1, len(real) // 64) if run.estimator == "sample" else 1
-        return real[::step], base.batch.read if dense else None
+        few = 2 * len(read) < len(real)  # a causal LM reads every row: none would stay sparse
+        return real[::step], read if few and run.dense_tokens == "scored" else None
 
     kept = {}
     for i, block in enumerate(blocks):

@@ -73,7 +73,7 @@ class LiveBytes(TorchDispatchMode):
                 continue
             self.kind[key] = kind
             self.now[kind] += size
-        if sum(self.now.values()) > sum(self.peak.values()):
+        if sum(self.now.values()) >= sum(self.peak.values()):
             self.peak = dict(self.now)
 
     def gone(self, key, size):

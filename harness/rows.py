@@ -249,7 +249,7 @@ class Table:
 
     def label_names(self, labels):
         for row, label in enumerate(labels):
-            if label in (None, -1) or label != label or not str(label).strip():  # nan: empty in CSV
+            if unlabelled(label):
                 self.refuse("has no label (empty or -1); fill it or drop the row", row)
         for row, label in enumerate(labels):
             if isinstance(label, bool) or not isinstance(label, int | str):
@@ -272,6 +272,11 @@ class Table:
                             "double it inside quotes, or write TSV, where a quote is a letter",
                             row,
                         )
+
+
+def unlabelled(label):
+    """Whether a label is none: -1, an empty cell, or what a CSV with numbers makes of one: nan."""
+    return label in (None, -1) or label != label or not str(label).strip()
 
 
 def read_tables(dataset, data_dir, where):
@@ -336,7 +341,7 @@ def read_rows(dataset, data_dir):
         return Rows(train, test, validation, None, "test")
 
     scored = "validation" if "test" in missing else "test"
-    if not missing and set(tables["test"].values("label") or [-1]) == {-1}:
+    if not missing and all(map(unlabelled, tables["test"].values("label") or [None])):
         scored = "validation"  # the test labels are hidden, as SST-2's are
     kinds = ("text", "pair", "label")
     train, test = tables["train"].read(kinds), tables[scored].read(kinds)

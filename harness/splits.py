@@ -153,6 +153,8 @@ def read_streams(model, dataset, data_dir):
     streams = {}
     for name, part in (("train", rows.train), ("dev", rows.validation), ("test", rows.test)):
         lines = [text.rstrip("\n") + "\n" for text in part["text"] if text.strip()]
+        if not lines:
+            fail(f"--dataset {dataset}: the {name} split has no text in it")
         ids, offsets = tokenise(lines, tokenizer, name, offsets=True)
         parts = []
         for line, tokens, places in zip(lines, ids, offsets, strict=True):
