@@ -71,7 +71,7 @@ def contextual_args(parser):
     left_out = "contextual: share of the feed-forward channels left out in the deep layers"
     add("--channel_sparsity", type=share, default=0.9, help=left_out)
     add("--dense_layers", type=natural, help="contextual: so many stay dense (default: half)")
-    dense = "contextual: tokens that stay dense: those that the loss reads (a causal LM: none), or none"
+    dense = "contextual: which tokens stay dense: scored ones (a causal LM: none) or none"
     add("--dense_tokens", choices=["scored", "none"], default="scored", help=dense)
     scores = "contextual: score channels exactly on 64 to 127 rows, or on all by a rank-8 SVD"
     add("--estimator", choices=["sample", "svd"], default="sample", help=scores)
