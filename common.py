@@ -34,6 +34,7 @@ from harness.process import explain_out_of_memory, fail, first_line, rank, say, 
 from harness.rows import load_tokenizer, read_rows
 from harness.splits import Split, describe, generator_for, seed_for, split_rows, split_text
 from harness.store import load_adapter, load_checkpoint, save_checkpoint, save_result
+from plan import plan
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -199,9 +200,9 @@ class Base:
 def load_base(run, data):
     """The pre-trained model with a head for the task, on the CPU; returns a Base.
 
-    What is trained is fp32; the rest too, or as in the checkpoint where training is in bf16. The
-    head is what the checkpoint lacks, and a classification head that it brings; one with another
-    number of labels is drawn anew. Leaves the global generator seeded for the adapter.
+    In bf16 what is frozen stays as in the checkpoint; all else is fp32. The head is what the
+    checkpoint lacks, and a classification head that it brings; one with another number of labels
+    is drawn anew. Leaves the global generator seeded for the adapter.
     """
     _, config = load_tokenizer(run.model)
     config = models.configure(config, run.base_dropout, data.pad, data.classes)
@@ -516,12 +517,10 @@ def summarise(data, split, nll, scored, predicted, rows=None):
 def measure(base, data, run, method, history):
     """The costs of a trained model, as the result file has them.
 
-    What cannot be measured is left out, and a line says so; with --no_timing `inference` and
-    `merged`, the test score after merging, are.
+    What cannot be measured is left out, in a line; with --no_timing also latency and `merged`.
     """
     steps, lengths = steps_of(data, run, history.step), data.train.lengths
-    rows = [torch.cat(parts) for parts in steps]
-    sizes = [(len(numbers), int(lengths[numbers].sum())) for numbers in rows]
+    sizes = [(sum(map(len, parts)), int(lengths[torch.cat(parts)].sum())) for parts in steps]
     per_epoch = math.ceil(len(lengths) / global_batch(run))
     costs = {
         "parameters": meters.count_parameters(base),
@@ -599,8 +598,8 @@ def count_memory(base, data, run, method):
 def count_flops(base, data, run, steps):
     """Operations of the steps that ran, a mean step and all, and of a test row's inference.
 
-    A pass costs so much a token, a pair of tokens and a row that is read. Of the model as training
-    left it: contextual sparsity's dense first steps, a twentieth, count as the later ones do.
+    A pass costs so much a token, a pair of tokens and a row that is read. Dense first steps of
+    contextual sparsity count as the later ones do.
     """
 
     def total(split, parts, training):
@@ -677,6 +676,8 @@ def adapt(base, run):
 def main(argv=None):
     """Adapt, train, score and measure once per seed and rate; returns the result files' paths."""
     args, paths = parse_args(__doc__, __file__, add_args, argv), []
+    if args.plan:
+        return plan(args, adapt)
     for run in runs(args):
         data = load_data(run)
         base = load_base(run, data)

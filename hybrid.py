@@ -19,6 +19,7 @@ from common import evaluate, load_base, load_data, measure, train
 from harness.export import export
 from harness.flags import adapter_args, parse_args, positive, runs, share
 from harness.store import load_adapter, save_result
+from plan import plan
 from qlora import nf4_args, quantise_blocks
 from sparse_lora import add_contextual, add_loras, contextual_args
 
@@ -64,6 +65,8 @@ def adapt(base, run):
 def main(argv=None):
     """Adapt, train, score and measure once per seed and rate; returns the result files' paths."""
     args, paths = parse_args(__doc__, __file__, add_args, argv), []
+    if args.plan:
+        return plan(args, adapt)
     for run in runs(args):
         data = load_data(run)
         base = load_base(run, data)

@@ -24,6 +24,7 @@ from harness.export import export
 from harness.flags import adapter_args, parse_args, positive, runs, share
 from harness.models import find_targets, weight_of
 from harness.store import load_adapter, save_result
+from plan import plan
 
 
 def add_args(parser):
@@ -83,6 +84,8 @@ def adapt(base, run):
 def main(argv=None):
     """Adapt, train, score and measure once per seed and rate; returns the result files' paths."""
     args, paths = parse_args(__doc__, __file__, add_args, argv), []
+    if args.plan:
+        return plan(args, adapt)
     for run in runs(args):
         data = load_data(run)
         base = load_base(run, data)

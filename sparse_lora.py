@@ -37,6 +37,7 @@ from harness.flags import adapter_args, natural, non_negative, parse_args, posit
 from harness.models import block_linears, find_targets, is_linear, weight_of
 from harness.process import fail
 from harness.store import load_adapter, save_result
+from plan import plan
 
 FFN = (  # the layers into and out of a block's wide middle; a gated one has two ways in
     ("intermediate.dense", "output.dense"),  # BERT and its relatives
@@ -413,6 +414,8 @@ def adapt(base, run):
 def main(argv=None):
     """Adapt, train, score and measure once per seed and rate; returns the result files' paths."""
     args, paths = parse_args(__doc__, __file__, add_args, argv), []
+    if args.plan:
+        return plan(args, adapt)
     for run in runs(args):
         data = load_data(run)
         base = load_base(run, data)

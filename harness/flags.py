@@ -16,7 +16,7 @@ from harness.store import finished
 # What decides neither a run's outcome nor its costs, and what its file name says already.
 NOT_SETTINGS = {
     *("seeds", "seed", "search", "lr", "method", "name", "out", "force", "device", "data_dir"),
-    *("eval_only", "save_every", "no_timing", "command", "export"),
+    *("eval_only", "save_every", "no_timing", "command", "export", "plan"),
 }
 
 
@@ -112,6 +112,7 @@ def shared_args(parser):
     add("--force", action="store_true", help="run again where a result exists, and replace it")
     add("--eval_only", type=Path, metavar="FOLDER", help="score a saved adapter, train nothing")
     add("--export", type=Path, metavar="FOLDER", help="write the merged model as a checkpoint")
+    add("--plan", action="store_true", help="print memory and operations of a step; load nothing")
     add("--no_timing", action="store_true", help="time no inference: for runs beside other work")
     add("--save_every", type=count, metavar="STEPS", help="write a checkpoint this often")
 

@@ -8,7 +8,8 @@ One process trains all of them in turns, a few steps at a time, on the same rows
 does meanwhile hits all alike. A figure is the median over the rounds of the ratio within a round,
 and its quartiles. Both sides: the same base, rows, batch size, length limit, fp32 or bf16, fused
 AdamW, clipping and warm-up, no dropout anywhere. The clock runs over training steps alone. Peers
-run with the Trainer's length-grouped sampler and with its default one. Run it on a machine that
+run with the Trainer's length-grouped sampler and with its default one. It groups by length within 50
+batches, and within a quarter of the rows where these are fewer: so --rows 1024 or more is fair. Run it on a machine that
 does nothing else. --write puts the table into docs/speed.md.
 """
 
@@ -238,13 +239,17 @@ def main():
     add("--precision", default="fp32")
     add("--device", default="cpu")
     add("--peers", action="store_true", help="the peers alone, without our choices switched off")
+    add("--grouped", action="store_true", help="LoRA, QLoRA, HiRA and their grouped peers alone")
     add("--write", action="store_true", help="put the table into docs/speed.md")
     args = parser.parse_args()
     makers = {name: functools.partial(ours, args, name) for name in OURS}
     if args.peers:
         makers = {name: make for name, make in makers.items() if OURS[name][2] is None}
-    for name in ("LoRA", "QLoRA", "HiRA"):
-        for sampler in ("grouped", "default"):
+    three, samplers = ("LoRA", "QLoRA", "HiRA"), ("grouped", "default")
+    if args.grouped:
+        makers, samplers = {name: makers[name] for name in three}, samplers[:1]
+    for name in three:
+        for sampler in samplers:
             makers[f"{name} / PEFT, {sampler}"] = functools.partial(peer, args, name, sampler)
     jobs, flops = {}, {}
     for name, make in makers.items():
