@@ -200,9 +200,8 @@ class Base:
 def load_base(run, data):
     """The pre-trained model with a head for the task, on the CPU; returns a Base.
 
-    In bf16 what is frozen stays as in the checkpoint; all else is fp32. The head is what the
-    checkpoint lacks, and a classification head that it brings; one with another number of labels
-    is drawn anew. Leaves the global generator seeded for the adapter.
+    The head is what the checkpoint lacks, and a classification head that it brings; one with
+    another number of labels is drawn anew. Leaves the global generator seeded for the adapter.
     """
     _, config = load_tokenizer(run.model)
     config = models.configure(config, run.base_dropout, data.pad, data.classes)
@@ -214,8 +213,6 @@ def load_base(run, data):
         tensor.requires_grad_(name in head)
         digest.update(b"" if name in head else models.bytes_of(tensor))
         weights += tensor.numel()
-        if name in head or run.precision == "fp32":
-            tensor.data = tensor.float()
     base = Base(model, head, digest.hexdigest(), weights)
     read = (lambda: base.batch.read), data.reads_last
     base.last_block_cut = models.compute_read_rows_only(model, data.task, *read)
@@ -271,12 +268,13 @@ def autocast(run):
 
 
 def place(base, run):
-    """Move the model to the device; in bf16 its frozen matrices, not what is trained or small."""
+    """Move the model to the device, in fp32; with bf16 its frozen matrices in that."""
     gc.collect()  # the model of the run before, whose hooks point back at it
     with explain_out_of_memory(run):
         for tensor in base.model.parameters():
-            if run.precision == "bf16" and tensor.ndim > 1 and not tensor.requires_grad:
-                tensor.data = tensor.bfloat16()
+            whole = run.precision == "fp32" or tensor.requires_grad
+            if whole or tensor.ndim > 1:
+                tensor.data = tensor.float() if whole else tensor.bfloat16()
         base.model.to(run.device)
 
 
@@ -669,7 +667,7 @@ def add_args(parser):
 def adapt(base, run):
     """The baseline: nothing is added; with --full the base is trained too."""
     if run.method == "full":
-        base.model.float().requires_grad_(True)  # what is trained is fp32
+        base.model.requires_grad_(True)
     return {}
 
 

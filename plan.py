@@ -29,6 +29,7 @@ def fake_base(run, common):
     config = models.configure(config, run.base_dropout, 0, task == "classification" and ["0", "1"])
     kind = {"classification": "SequenceClassification", "mlm": "MaskedLM", "clm": "CausalLM"}[task]
     model = getattr(transformers, f"AutoModelFor{kind}").from_config(config, dtype=torch.float32)
+    model.to = lambda device: model  # fake tensors need not move
     names, prefix = [name for name, _ in model.named_parameters()], f"{model.base_model_prefix}."
     head = [n for n in names if task == "classification" and not n.startswith(prefix)]
     for name, tensor in model.named_parameters():

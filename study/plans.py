@@ -49,7 +49,9 @@ def main():
     lines = [f"| GiB | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     with tempfile.TemporaryDirectory() as folder:
         for shape, sizes in SHAPES.items():
-            more = dict(zip([*KEYS.split(), "vocab_size", "tie_word_embeddings"], sizes, strict=True))
+            more = dict(
+                zip([*KEYS.split(), "vocab_size", "tie_word_embeddings"], sizes, strict=True)
+            )
             LlamaConfig(**more).save_pretrained(Path(folder) / shape)
             cells = [peak(SCRIPTS[name], Path(folder) / shape, *flags) for name, flags in ways]
             lines.append(f"| {shape} | {' | '.join(cells)} |")

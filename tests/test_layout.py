@@ -45,7 +45,16 @@ def test_main_is_the_same_text(name):
 
 def test_main_calls_down_in_the_documented_order():
     text = source("lora", "main")
-    order = ["parse_args", "plan", "runs", "load_data", "load_base", "adapt", "load_adapter", "evaluate"]
+    order = [
+        "parse_args",
+        "plan",
+        "runs",
+        "load_data",
+        "load_base",
+        "adapt",
+        "load_adapter",
+        "evaluate",
+    ]
     order += ["train", "evaluate", "save_result", "measure", "save_result", "export"]
     assert re.findall(r"(\w+)\(", text.split('"""')[2]) == [
         *order[:12],
