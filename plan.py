@@ -79,7 +79,7 @@ def plan(args, adapt):
 
 
 def count(run, base, batch, method, common):
-    """Take a step on the instruments: {"training", "scoring": {kind: bytes}}, and its operations."""
+    """Take a step on the instruments: {"training", "scoring": {kind: bytes}}, and its FLOPs."""
     model, trained = base.model.train(), common.trained_tensors(base.model)
     method.get("after_step", lambda *_: None)(6, 100, 0.0)  # past the dense first twentieth
 

@@ -8,9 +8,9 @@ One process trains all of them in turns, a few steps at a time, on the same rows
 does meanwhile hits all alike. A figure is the median over the rounds of the ratio within a round,
 and its quartiles. Both sides: the same base, rows, batch size, length limit, fp32 or bf16, fused
 AdamW, clipping and warm-up, no dropout anywhere. The clock runs over training steps alone. Peers
-run with the Trainer's length-grouped sampler and with its default one. It groups by length within 50
-batches, and within a quarter of the rows where these are fewer: so --rows 1024 or more is fair. Run it on a machine that
-does nothing else. --write puts the table into docs/speed.md.
+run with the Trainer's length-grouped sampler and with its default one. The Trainer groups within 50
+batches, and within a quarter of the rows where these are fewer: fair with --rows 1024 and more. Run
+it on a machine that does nothing else. --write puts the table into docs/speed.md.
 """
 
 import argparse

@@ -30,8 +30,8 @@ def test_fake_tensors_count_as_real_ones(name, task, models, reviews, text_dir, 
         assert module.main([*map(str, [*words, "--batch_size", 8, *more]), "--plan"]) is None
     (fake, operations), (real, found) = counted
     assert operations == pytest.approx(found) and operations > 0
-    # Where transformers cannot look at values it makes a causal mask: much, beside so small a model.
-    near = 0.1 if task == "clm" else 0.02
+    # Where transformers cannot look at values it makes a causal mask: much beside a tiny model.
+    near = 0.13 if task == "clm" else 0.02
     for phase in ("training", "scoring"):
         assert sum(fake[phase].values()) == pytest.approx(sum(real[phase].values()), rel=near)
 
