@@ -38,29 +38,34 @@ def add_args(parser):
 # -------------------------------------------------------------------------------------- the maths
 
 
-def high_rank_weight(weight, A, B):
-    """W0 ⊙ (1 + B·A): weight (out, in), A (r, in), B (out, r) -> (out, in)."""
-    return torch.addcmul(weight, weight, B @ A)
+def high_rank_weight(weight, A, B, one=1):
+    """W0 ⊙ (one + B·A): weight (out, in), A (r, in), B (out, r), one 1 or 0 -> (out, in)."""
+    return torch.addcmul(weight, weight, B @ A) if one else weight * (B @ A)
 
 
 class HadamardProduct(torch.autograd.Function):
     """y = (W0 ⊙ (1 + B·A))·x + b, x (rows, in), in one product that keeps no dense matrix.
 
-    With M = (δᵀ·x) ⊙ W0: dA = Bᵀ·M, dB = M·Aᵀ, dx = δ·(W0 ⊙ (1 + B·A)) (section 4.7).
+    With M = (δᵀ·x) ⊙ W0: dA = Bᵀ·M, dB = M·Aᵀ, dx = δ·(W0 ⊙ (1 + B·A)) (section 4.7). With one = 0
+    it is the update alone, (W0 ⊙ B·A)·x. Under autocast products are in its dtype.
     """
 
     @staticmethod
-    def forward(ctx, x, base, A, B):
-        ctx.base = base
+    def forward(ctx, x, base, A, B, one):
+        kind, ctx.base, ctx.one = x.device.type, base, one
+        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
         ctx.save_for_backward(x, A, B)
-        return F.linear(x, high_rank_weight(weight_of(base), A, B), base.bias)
+        weight = high_rank_weight(weight_of(base).to(x.dtype), A, B, one)
+        return F.linear(x, weight, base.bias if one else None)
 
     @staticmethod
     def backward(ctx, grad):
-        (x, A, B), weight = ctx.saved_tensors, weight_of(ctx.base)
-        dx = grad @ high_rank_weight(weight, A, B) if ctx.needs_input_grad[0] else None
+        x, *thin = ctx.saved_tensors
+        A, B = (tensor.to(x.dtype) for tensor in thin)
+        weight = weight_of(ctx.base).to(x.dtype)
+        dx = grad @ high_rank_weight(weight, A, B, ctx.one) if ctx.needs_input_grad[0] else None
         M = (grad.T @ x).mul_(weight)
-        return dx, None, B.T @ M, M @ A.T
+        return dx, None, B.T @ M, M @ A.T, None
 
 
 class HiRALinear(nn.Module):
@@ -80,11 +85,11 @@ class HiRALinear(nn.Module):
     def forward(self, x):
         # The update is a branch of its own where its input differs, and in bf16, whose 8 bits
         # would round small updates of a weight away.
-        if self.training and self.dropout.p or torch.is_autocast_enabled(x.device.type):
-            update = weight_of(self.base) * (self.B @ self.A)
-            return self.base(x) + F.linear(self.dropout(x), update)
-        rows = x.flatten(0, -2)  # a product of matrices is no view: models may change it in place
-        return HadamardProduct.apply(rows, self.base, self.A, self.B).unflatten(0, x.shape[:-1])
+        branch = self.training and self.dropout.p or torch.is_autocast_enabled(x.device.type)
+        rows = self.dropout(x.flatten(0, -2))  # not a view of x: models may change y in place
+        y = HadamardProduct.apply(rows, self.base, self.A, self.B, 0 if branch else 1)
+        y = y.unflatten(0, x.shape[:-1])
+        return self.base(x) + y if branch else y
 
     @property
     def weight(self):  # some models look at a layer's weight, T5 for its dtype

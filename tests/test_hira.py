@@ -71,14 +71,15 @@ def test_one_product_equals_autograd_of_the_dense_formula(kind, shape):
         close(grad, other, 1e-5)
 
 
+@pytest.mark.parametrize("one", [1, 0])
 @pytest.mark.parametrize("bias", [True, False])
-def test_gradcheck_in_double_precision(bias):
+def test_gradcheck_in_double_precision(bias, one):
     torch.manual_seed(0)
     base = nn.Linear(5, 4, bias=bias).double().requires_grad_(False)
     shapes = ((3, 5), (2, 5), (4, 2))  # x, A, B
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(
-        lambda x, A, B: hira.HadamardProduct.apply(x, base, A, B), inputs
+        lambda x, A, B: hira.HadamardProduct.apply(x, base, A, B, one), inputs
     )
 
 
