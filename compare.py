@@ -168,7 +168,7 @@ def make_row(runs, task):
         "interval": [natural(x, task) for x in span],
         "scores": [natural(x, task) for x in scores],
         "dev": {r: [natural(found[r]["dev"], task) for found in whole.values()] for r in rates},
-        "costs": results.mean_numbers(list(chosen.values())),
+        "costs": results.mean_numbers(list(chosen.values()), runs),
         "_chosen": chosen,
         "_values": {seed: results.row_values(run) for seed, run in chosen.items()},
     }

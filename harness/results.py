@@ -184,17 +184,21 @@ def numbers(tree, path=""):
     return {path: tree} if isinstance(tree, int | float) else {}
 
 
-def mean_numbers(runs):
+def mean_numbers(runs, every):
     """{dotted path: mean over the runs that have it} of scores and costs; times of timed runs.
 
-    Costs are of the device that most of the runs had: those of two are no mean of anything.
+    Costs are of the device that most of a row's runs had, as those of two are no mean of anything:
+    of the chosen `runs`, or where none of these ran on it, of `every` run.
     """
-    devices = [run["environment"]["device"] for run in runs]
-    found, device = {}, max(sorted(set(devices)), key=devices.count, default=None)
+    devices, found = [run["environment"]["device"] for run in every], {}
+    device = max(sorted(set(devices)), key=devices.count)
+    there = [run for run in runs if run["environment"]["device"] == device]
+    there = there or [run for run in every if run["environment"]["device"] == device]
     for run in runs:
-        kept = COSTS if run["inference"] else COSTS[:-1]
-        if run["environment"]["device"] != device:
-            kept = ("metrics",)
+        for path, x in numbers({"metrics": run["metrics"]}).items():
+            found.setdefault(path, []).append(x)
+    for run in there:
+        kept = COSTS[1:] if run["inference"] else COSTS[1:-1]
         for path, x in numbers({key: run.get(key) for key in kept}).items():
             found.setdefault(path, []).append(x)
     return {path: float(np.mean(x)) for path, x in found.items()}

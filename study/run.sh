@@ -44,7 +44,8 @@ ranks() {  # alpha stays at 16
   done
 }
 wikitext2() {
-  four 6 5 2e-3 $wiki
+  for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $wiki --lr 2e-3 --search 4; done
+  runs 6 hira.py $wiki --lr 1e-2 --search 4
 }
 untrained() {
   runs 1 common.py $wiki

@@ -13,8 +13,10 @@ import plan
 METHODS = [name for name in EVERY if name != "head only"]
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("task", ["rows", "mlm", "clm"])
+CASES = [*((name, "rows") for name in METHODS), ("lora", "mlm"), ("hira", "clm"), ("qlora", "clm")]
+
+
+@pytest.mark.parametrize("name, task", CASES)
 def test_fake_tensors_count_as_real_ones(name, task, models, reviews, text_dir, monkeypatch):
     """The same step on real tensors of random weights takes the same bytes and operations."""
     module, more = EVERY[name]
