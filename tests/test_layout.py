@@ -154,3 +154,14 @@ def test_pages_name_what_exists(page):
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_bytes()) <= 9 * 1024
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/report.md"])
+def test_results_in_prose_are_generated(page):
+    """A decimal number outside the generated blocks is a formula's, a version's or a cited one."""
+    text = re.sub(
+        r"<!-- (\w+)[^>]*-->.*?<!-- /\1[^>]*-->", "", (ROOT / page).read_text(), flags=re.S
+    )
+    text = re.sub(r"```.*?```|\[[\d.]+\]\(\S+\)|\]\(\S+\)", "", text, flags=re.S)
+    cited = {"4.127": "bits a weight of NF4", "3.10": "Python", "2.6": "the student report's"}
+    assert set(re.findall(r"\d+\.\d+", text)) <= cited.keys()
