@@ -69,6 +69,8 @@ smol="--dataset wikitext2 --model models/smollm2 --train_samples 120 --test_samp
 for block in "$@"; do "$block"; done | xargs -P "$jobs" -I{} sh -c '{}'
 
 for dataset in sst2 wikitext2 imdb; do
-  cat $out/$dataset-*.json > study/$dataset.jsonl 2> /dev/null || rm study/$dataset.jsonl
+  if ls $out/$dataset-*.json > /dev/null 2>&1; then
+    cat $out/$dataset-*.json > study/$dataset.jsonl
+  fi
 done
 python compare.py study/ --fill README.md docs/report.md
