@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness import meters, models
 from harness.process import fail, first_line, say
-from harness.rows import TEXT, model_folder
+from harness.rows import TEXT, load_config
 
 
 def fake_base(run, common):
@@ -23,7 +23,7 @@ def fake_base(run, common):
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    config = transformers.AutoConfig.from_pretrained(model_folder(run.model))
+    config = load_config(run.model)
     masked = config.model_type in MASKED
     task = "classification" if run.dataset not in TEXT else "mlm" if masked else "clm"
     config = models.configure(config, run.base_dropout, 0, task == "classification" and ["0", "1"])

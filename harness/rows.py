@@ -170,8 +170,8 @@ def model_folder(name):
 
 
 @functools.cache
-def load_tokenizer(model):
-    """The model's (tokenizer, config), from a folder, the hub's cache or the hub."""
+def load_config(model):
+    """The model's config, from a folder, the hub's cache or the hub."""
     quiet_libraries()
     folder = model_folder(model)
     if not Path(folder).is_dir():
@@ -181,8 +181,7 @@ def load_tokenizer(model):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoConfig.from_pretrained(folder)
     except Exception as error:  # many kinds; each means that this name cannot be used
         if os.environ.get("HF_HUB_OFFLINE") and not Path(folder).is_dir():
             fail(
@@ -190,7 +189,19 @@ def load_tokenizer(model):
                 "be reached; pass a folder with --model (and one with the data by --data_dir), or "
                 "try --dataset demo, which needs no network"
             )
-        fail(f"--model {model}: no usable config and tokenizer there ({first_line(error)})")
+        fail(f"--model {model}: no usable config there ({first_line(error)})")
+
+
+@functools.cache
+def load_tokenizer(model):
+    """The model's (tokenizer, config), as load_config has the config."""
+    config = load_config(model)
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder(model))
+    except Exception as error:
+        fail(f"--model {model}: no usable tokenizer there ({first_line(error)})")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         fail(f"--model {model}: it has no tokenizer of its own")
     return tokenizer, config

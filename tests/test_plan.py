@@ -56,7 +56,7 @@ def test_plan_is_what_a_run_counts(models, reviews, tmp_path, capsys):
 def test_what_cannot_be_planned_is_one_line(tmp_path, reviews, capfd):
     words = ["--dataset", reviews, "--model", str(tmp_path), "--plan"]
     code, error = ended(capfd, lora, *words)
-    assert code == 2 and "--plan: not of --model" in error
+    assert code == 2 and "no usable config there" in error
 
 
 def test_plan_of_a_config_alone(tmp_path, capsys):
