@@ -119,6 +119,8 @@ def read_run(text):
     for key in ("method", "name", "dataset", "model"):
         run[key] = Path(run[key]).name
     run["lr"] = 0.0 if run["untrained"] else run["lr"]
+    if run["untrained"] and run["name"] == "head_only":  # a language model has no head to train
+        run["name"] = "head_only-untrained"
     rows_a_step = flags["batch_size"] * flags["grad_accum"] * run["environment"]["processes"]
     scored = [run["dataset"], data["task"], run["base"]["sha256"], data["test_sha256"]]
     scored += [data["test"], flags["max_length"]]
@@ -131,7 +133,7 @@ def read_run(text):
     if not run["environment"]["device"].startswith("cuda"):
         run.get("time", {}).pop("accelerator_hours", None)  # of a GPU alone
     for phase in ("train", "inference"):
-        if run["memory"]:
+        if phase in run["memory"]:  # nothing is trained in an untrained language model
             run["memory"][phase]["peak"] = sum(run["memory"][phase].values())
     return run
 

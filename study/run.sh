@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study: run what is missing, then renew study/*.jsonl, the page and the plots.
 #
-#   bash study/run.sh                     the blocks that study/ shows: sst2 wikitext2
+#   bash study/run.sh                     the blocks that study/ shows: sst2 wikitext2 untrained
 #   bash study/run.sh imdb ranks          these blocks; those there are stand below
 #   JOBS=4 bash study/run.sh              so many processes at a time (default: one a core)
 #   MODEL=distilbert-base-uncased bash study/run.sh sst2
@@ -65,7 +65,7 @@ sst2="--dataset sst2 --model $model --train_samples 8000 --heldout 3000 --head_l
 wiki="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000"
 imdb="--dataset imdb --model $model --train_samples 2000 --test_samples 2000 --head_lr 1e-2"
 smol="--dataset wikitext2 --model models/smollm2 --train_samples 120 --test_samples 160 --batch_size 8"
-[ $# -gt 0 ] || set -- sst2 wikitext2
+[ $# -gt 0 ] || set -- sst2 wikitext2 untrained
 for block in "$@"; do "$block"; done | xargs -P "$jobs" -I{} sh -c '{}'
 
 for dataset in sst2 wikitext2 imdb; do

@@ -646,3 +646,11 @@ def test_costs_of_two_devices_are_not_averaged():
     assert results.mean_numbers(runs[1:2], runs) == pytest.approx(wanted)
     assert results.label("hybrid", "hybrid-contextual-rank4") == "Sparse QLoRA rank4"
     assert results.label("hybrid", "hybrid-rank4") == "QHiRA rank4"
+
+
+def test_an_untrained_language_model_has_no_training_memory():
+    result = make_result("head_only", nll=np.full(30, 60.0), untrained=True)
+    del result["memory"]["train"]
+    run = results.read_run(json.dumps(result))
+    assert "train" not in run["memory"] and run["memory"]["inference"]["peak"] > 0
+    assert results.label(run["method"], run["name"]) == "Untrained base"
