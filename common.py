@@ -395,9 +395,9 @@ def gradient(base, data, run, rows, targets, trained):
     loss = torch.zeros((), device=run.device)
     for part in micro_batches(rows[rank() :: world()], data.train.lengths, run):
         batch = collate(data, data.train, part, targets).to(run.device)
-        with autocast(run):
-            logits = forward(base, batch)
-        part_loss = F.cross_entropy(logits, batch.target, reduction="sum") / scored
+        with autocast(run):  # nothing holds on to the logits: a large vocabulary's are most of it
+            part_loss = F.cross_entropy(forward(base, batch), batch.target, reduction="sum")
+        part_loss = part_loss / scored
         part_loss.backward()
         loss += part_loss.detach()
     if world() > 1:  # adapters are small: one flat tensor, one all-reduce a step, nothing else

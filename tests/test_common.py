@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import weakref
 from argparse import Namespace
 
 import numpy as np
@@ -307,6 +308,25 @@ def test_the_baselines_rate(models, reviews, tmp_path, flags, lr):
     groups = common.make_optimizer(base, run, method).param_groups
     assert [group["lr"] for group in groups] == ([lr, 2e-4] if flags else [lr])
     assert type(common.make_optimizer(base, run, method)) is torch.optim.AdamW
+
+
+def test_logits_are_gone_before_the_backward_pass(models, text_dir, tmp_path, monkeypatch):
+    """A decoder's logits are its largest tensor: the loss keeps a copy of its own."""
+    words = text_flags(models, text_dir, "llama", "CausalLM")
+    run, data, base, _ = ready(lora, tmp_path, *words)
+    logits, alive, inner = [], [], common.forward
+
+    def forward(base, batch):
+        result = inner(base, batch)
+        logits.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(common, "forward", forward)
+    tensors = common.trained_tensors(base.model)
+    next(iter(tensors.values())).register_hook(lambda _: alive.append(logits[-1]() is not None))
+    targets = common.predicted_tokens(data, data.train, 0, 0)
+    common.gradient(base, data, run, torch.arange(2), targets, tensors)
+    assert alive and not any(alive)
 
 
 def test_gradients_are_clipped_at_norm_one(models, reviews, tmp_path):
