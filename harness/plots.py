@@ -1,6 +1,6 @@
 """Pictures of a group: one colour and one marker for each method, everywhere.
 
-Transparent, in greys that can be read on a light and on a dark page, for a width of 800 px. A
+Transparent, in greys that can be read on a light and on a dark page, and still on a phone. A
 variant has its method's colour and a hollow marker. matplotlib is imported where it draws.
 """
 
@@ -30,7 +30,7 @@ PARTS = (  # of memory: words, keys in a result file, colour
 
 @contextlib.contextmanager
 def canvas(path, title, g, note, height):
-    """A figure of 8 × `height` inches with a title and what it shows; the same bytes each time."""
+    """A figure of 6.8 × `height` inches with title and what it shows; the same bytes each time."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -38,12 +38,12 @@ def canvas(path, title, g, note, height):
     style = dict.fromkeys(colours, INK) | {"grid.color": FAINT, "legend.frameon": False}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9}
     with matplotlib.rc_context(matplotlib.rcParamsDefault | style):
-        figure = Figure(figsize=(8, height), dpi=160, layout="constrained")
+        figure = Figure(figsize=(6.8, height), dpi=160, layout="constrained")
         figure.get_layout_engine().set(rect=(0.005, 0.01, 0.985, 0.985 - 0.56 / height))
-        size = min(12.5, 900 / len(title))  # a long title still fits in a line
+        size = min(12.5, 760 / len(title))  # a long title still fits in a line
         figure.text(0.012, 1 - 0.09 / height, title, va="top", size=size, weight="bold")
         words = f"{tables.title(g)}. {note}"
-        figure.text(0.012, 1 - 0.36 / height, words, va="top", size=9)
+        figure.text(0.012, 1 - 0.36 / height, words, va="top", size=min(9, 800 / len(words)))
         yield figure
         figure.savefig(path, transparent=True, metadata={"Software": None})
 
@@ -61,12 +61,12 @@ def measured(g, place):
 
 
 def forest(g, path):
-    """Difference from LoRA: mean, intervals of seeds and of both noises, seeds as dots, margin."""
+    """Difference from LoRA: mean, intervals of seeds and of both noises, a dot a seed, margin."""
     rows = [row for row in g["rows"] if row["beside"] and row["beside"]["intervals"]]
     rows = [row for row in rows if row["method"] != "head_only"][::-1]  # far away from the others
     if not rows:
         return None
-    note = "Thick line: 95 % over seeds; thin: over test rows, too; dots: seeds; band: the margin."
+    note = "95 % over seeds (thick), over test rows, too (thin); dots: seeds."
     with canvas(path, tables.versus_lora(g), g, note, 1.35 + 0.42 * len(rows)) as figure:
         axes = figure.subplots()
         axes.axvspan(-g["margin"], g["margin"], color=FAINT, lw=0)
@@ -117,13 +117,15 @@ def rates(g, path):
                     )
             ends = [end(rate for row in own for rate in row["rates"]) for end in (min, max)]
             axes.set_xscale("log")
-            axes.set_xticks(ends, [f"{rate:g}" for rate in ends])
+            ticks = axes.set_xticks(ends, [f"{rate:g}" for rate in ends])
+            for tick, side in zip(ticks, ("left", "right"), strict=True):
+                tick.label1.set_horizontalalignment(side)
             axes.minorticks_off()
             axes.set_title(METHODS.get(method, method), size=10)
+            axes.set_xlabel("learning rate", size=9)
             axes.grid(axis="y")
         for axes in panels.flat[len(methods) :]:
             axes.set_visible(False)
-        figure.supxlabel("learning rate", size=10)
         figure.supylabel(f"dev {tables.score_words(g)}", size=10)
         if any(row["name"] != row["method"] for row in rows):
             figure.legend(loc="outside lower center", ncols=4)
@@ -139,7 +141,7 @@ def memory(g, path):
     least = min([row["label"] for row in rows if row["tested"]] or sizes, key=sizes.get)
     title = f"{least} needs the least memory to train: {sizes[least]:,.0f} MiB"
     note = "Counted at the peak of a step on the largest batch."
-    with canvas(path, title, g, note, 1.6 + 0.36 * len(rows)) as figure:
+    with canvas(path, title, g, note, 1.8 + 0.36 * len(rows)) as figure:
         axes, left = figure.subplots(), [0.0] * len(rows)
         for words, keys, colour in PARTS:
             held = [sum(row["costs"][f"memory.train.{key}"] for key in keys) for row in rows]
@@ -151,7 +153,7 @@ def memory(g, path):
         axes.invert_yaxis()
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("MiB")
-        figure.legend(loc="outside lower center", ncols=4)
+        figure.legend(loc="outside lower center", ncols=2)
     return f"Memory in training, {tables.title(g)}"
 
 

@@ -251,11 +251,14 @@ def cautions(rows, odd):
         found = {row["label"]: row["settings"][key] for row in tested if key in row["settings"]}
         if len(set(map(str, found.values()))) > 1:
             say(f"--{key} differs.", found)
-    for key in ("device", "torch", "transformers"):
-        found = {}
-        for row in tested:
-            used = {str(run["environment"].get(key)) for run in row["_chosen"].values()}
-            found[row["label"]] = ", ".join(sorted(used))
-        if len(set(found.values()) - {""}) > 1 or any(", " in used for used in found.values()):
-            say(f"The {key} differs.", found)
+    machines = {}
+    for row in tested:
+        for run in row["_chosen"].values():
+            where = run["environment"]
+            libraries = [f"{key} {where.get(key)}" for key in ("torch", "transformers")]
+            machine = ", ".join([where["device"], *libraries])
+            machines.setdefault(machine, {})[row["label"]] = None
+    if len(machines) > 1:
+        found = {", ".join(labels): machine for machine, labels in machines.items()}
+        say("Not all ran on the same machine and libraries.", found)
     return said

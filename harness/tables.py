@@ -99,15 +99,22 @@ def verdicts(g):
             size = f"{amount(g, f'{mean:.2f}')} (95 % interval {low:.2f} to {high:.2f}{inside})"
             beaten.append(f"than {other} by {size}")
         said.append(f"**{name} is better** {listing(beaten)}.")
-    for verdict, words in (("equal", f"Equal within {margin(g)}"), ("undecided", "Undecided")):
-        found = []
-        for pair in (pair for pair in pairs if pair["verdict"] == verdict):
-            inside = f"90 % interval {span(pair['intervals']['both, 90 %'], '+.2f')}"
-            inside = inside if verdict == "equal" else needs(pair)
-            size = amount(g, f"{pair['mean']:+.2f}")
-            found.append(f"{pair['a']} and {pair['b']} ({size}; {inside})")
-        if found:
-            said.append(f"**{words}:** {'; '.join(found)}.")
+    equal = [pair for pair in pairs if pair["verdict"] == "equal"]
+    if equal:
+        which = "; ".join(f"{pair['a']} and {pair['b']}" for pair in equal)
+        if len(equal) == len(pairs) > 1:
+            which = f"every pair of {listing([row['label'] for row in g['rows'] if row['tested']])}"
+        ends = [abs(end) for pair in equal for end in pair["intervals"]["both, 90 %"]]
+        widest = amount(g, f"{max(ends):.2f}")
+        said.append(
+            f"**Equal within {margin(g)}:** {which}. No 90 % interval goes beyond {widest}."
+        )
+    found = []
+    for pair in (pair for pair in pairs if pair["verdict"] == "undecided"):
+        size = amount(g, f"{pair['mean']:+.2f}")
+        found.append(f"{pair['a']} and {pair['b']} ({size}; {needs(pair)})")
+    if found:
+        said.append(f"**Undecided:** {'; '.join(found)}.")
     for why in dict.fromkeys(pair["why"] for pair in pairs if pair["verdict"] == "none"):
         found = [f"{pair['a']} and {pair['b']}" for pair in pairs if pair["why"] == why]
         which = "on any pair" if len(found) == len(pairs) else f"on {'; '.join(found)}"
@@ -116,11 +123,11 @@ def verdicts(g):
         said.append("**No verdict:** fewer than two of the four methods have a tuned run.")
     if g["power"]:
         seeds, rows = g["power"]["seeds"], g["power"]["rows"]
-        found, equal = (f"{100 * g['power'][key]:.0f} %" for key in ("found", "equal"))
+        found, equal = (min(99, int(100 * g["power"][key])) for key in ("found", "equal"))
         said.append(
             f"What this study can see ({seeds} seeds, {rows:,} test rows, the spread found): it "
-            f"finds a true difference of {margin(g)} in at least {found} of cases, and calls a "
-            f"true 0 equal in {equal}."
+            f"finds a true difference of {margin(g)} in at least {found} % of cases, and calls "
+            f"a true 0 equal in at least {equal} %."
         )
     return said
 
