@@ -6,8 +6,9 @@
 #   JOBS=4 bash study/run.sh              so many processes at a time (default: one a core)
 #   MODEL=distilbert-base-uncased bash study/run.sh sst2
 #
-# Finished runs are skipped and stopped ones continue, so it may be stopped at any time and go on in
-# another sitting. Run it from the repository's root; data/ and models/: see docs/running.md.
+# Finished runs are skipped, those in study/*.jsonl too, and stopped ones continue: it may be stopped
+# at any time and go on in another sitting. Run it from the repository's root; data/ and models/: see
+# docs/running.md.
 set -euo pipefail
 model=${MODEL:-models/all-MiniLM-L6-v2} out=results/study jobs=${JOBS:-$(nproc)}
 export OMP_NUM_THREADS=1  # after nproc, which heeds it
@@ -44,8 +45,8 @@ ranks() {  # alpha stays at 16
   done
 }
 wikitext2() {
-  for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $wiki --lr 2e-3 --search 4; done
-  runs 6 hira.py $wiki --lr 1e-2 --search 4
+  for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $wiki --lr 4e-3 --search 5; done
+  runs 6 hira.py $wiki --lr 2e-2 --search 5
 }
 untrained() {
   runs 1 common.py $wiki
@@ -61,6 +62,7 @@ smollm2() {
   runs 1 qlora.py $smol --epochs 0
 }
 
+python study/unpack.py study/*.jsonl $out
 sst2="--dataset sst2 --model $model --train_samples 8000 --heldout 3000 --head_lr 1e-2"
 wiki="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000"
 imdb="--dataset imdb --model $model --train_samples 2000 --test_samples 2000 --head_lr 1e-2"

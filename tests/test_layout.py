@@ -1,12 +1,16 @@
 """The layout that a reader relies on: equal mains, arrows one way, budgets, docstrings, links."""
 
 import ast
+import importlib
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from study import unpack
 
 ROOT = Path(__file__).parents[1]
 METHODS = ["lora", "hira", "qlora", "sparse_lora"]
@@ -165,3 +169,24 @@ def test_results_in_prose_are_generated(page):
     text = re.sub(r"```.*?```|\[[\d.]+\]\(\S+\)|\]\(\S+\)", "", text, flags=re.S)
     cited = {"4.127": "bits a weight of NF4", "3.10": "Python", "2.6": "the student report's"}
     assert set(re.findall(r"\d+\.\d+", text)) <= cited.keys()
+
+
+def test_the_committed_study_is_what_run_sh_runs(tmp_path, capsys):
+    """Its commands, taken down by a stand-in for python, find their results in study/*.jsonl."""
+    log, stand_in = tmp_path / "log", tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    stand_in.chmod(0o755)
+    (tmp_path / "study").mkdir()
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    script = ROOT / "study" / "run.sh"
+    subprocess.run(["bash", script], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
+    unpack.main([*(ROOT / "study").glob("*.jsonl"), tmp_path / "results"])
+    ran = 0
+    for name, *words in map(str.split, log.read_text().splitlines()):
+        if "--dataset" in words:
+            module = importlib.import_module(name.removesuffix(".py"))
+            words += ["--out", str(tmp_path / "results")]
+            args = module.parse_args(module.__doc__, module.__file__, module.add_args, words)
+            assert not list(module.runs(args)), words
+            ran += len(args.lr) if args.epochs else 1
+    assert ran == len(list((tmp_path / "results").iterdir()))
