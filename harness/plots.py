@@ -138,8 +138,10 @@ def memory(g, path):
     if not rows:
         return None
     sizes = {row["label"]: row["costs"]["memory.train.peak"] / 2**20 for row in rows}
-    least = min([row["label"] for row in rows if row["tested"]] or sizes, key=sizes.get)
-    title = f"{least} needs the least memory to train: {sizes[least]:,.0f} MiB"
+    adapters = [row["label"] for row in rows if row["method"] not in ("head_only", "full")]
+    least = min(adapters or sizes, key=sizes.get)
+    among = " of the adapters" if adapters else ""
+    title = f"{least} needs the least memory{among}: {sizes[least]:,.0f} MiB"
     note = "Counted at the peak of a step on the largest batch."
     with canvas(path, title, g, note, 1.8 + 0.36 * len(rows)) as figure:
         axes, left = figure.subplots(), [0.0] * len(rows)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The study: run what is missing, then renew study/*.jsonl, the page and the plots.
 #
-#   bash study/run.sh                     the blocks that study/ shows: sst2 wikitext2 untrained
-#   bash study/run.sh imdb ranks          these blocks; those there are stand below
+#   bash study/run.sh                     the blocks that study/ shows: the default below
+#   bash study/run.sh imdb ranks          these blocks; each is a function below
 #   JOBS=4 bash study/run.sh              so many processes at a time (default: one a core)
 #   MODEL=distilbert-base-uncased bash study/run.sh sst2
 #
@@ -29,20 +29,25 @@ four() {  # four SEEDS RATES RATE FLAGS...: the four methods; HiRA's rates are t
 }
 
 sst2() {
-  four 10 5 3e-3 $sst2
-  runs 10 sparse_lora.py $sst2 --mode contextual --lr 1.5e-3 --search 4
-  runs 5 common.py $sst2 --lr 2e-2 --search 4
+  four 10 6 1.5e-3 $sst2
+  runs 10 sparse_lora.py $sst2 --mode contextual --lr 1.5e-3 --search 5
+  runs 6 common.py $sst2 --lr 4e-2 --search 5
 }
-full() { runs 6 common.py $sst2 --full --lr 5e-5 --search 5; }
+full() { runs 8 common.py $sst2 --full --lr 1e-4 --search 5; }
+dropout() {  # the base's own, as its config has it; the runs without are sst2's and full's
+  runs 8 lora.py $sst2 --base_dropout 0.1 --name lora-dropout0.1 --lr 1.5e-3 --search 3
+  runs 8 hira.py $sst2 --base_dropout 0.1 --name hira-dropout0.1 --lr 1.5e-2 --search 3
+  runs 8 common.py $sst2 --full --base_dropout 0.1 --name full-dropout0.1 --lr 1e-4 --search 3
+}
 hybrids() {
-  runs 5 hybrid.py $sst2 --update hira --lr 3e-2 --search 3
-  runs 5 hybrid.py $sst2 --update contextual --lr 3e-3 --search 3
+  runs 5 hybrid.py $sst2 --update hira --lr 1.5e-2 --search 3
+  runs 5 hybrid.py $sst2 --update contextual --lr 7.5e-4 --search 3
 }
-ranks() {  # alpha stays at 16
-  for rank in 2 32; do
-    runs 5 lora.py $sst2 --rank $rank --lr 3e-3 --search 3
-    runs 5 hira.py $sst2 --rank $rank --lr 3e-2 --search 3
-  done
+ranks() {  # alpha stays at 16, so LoRA's best rate rises with the rank and HiRA's, without 1/r, falls
+  runs 5 lora.py $sst2 --rank 2 --lr 7.5e-4 --search 3
+  runs 5 lora.py $sst2 --rank 32 --lr 1.5e-3 --search 3
+  runs 5 hira.py $sst2 --rank 2 --lr 1.5e-2 --search 3
+  runs 5 hira.py $sst2 --rank 32 --lr 7.5e-3 --search 3
 }
 wikitext2() {
   for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $wiki --lr 4e-3 --search 5; done
@@ -67,7 +72,7 @@ sst2="--dataset sst2 --model $model --train_samples 8000 --heldout 3000 --head_l
 wiki="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000"
 imdb="--dataset imdb --model $model --train_samples 2000 --test_samples 2000 --head_lr 1e-2"
 smol="--dataset wikitext2 --model models/smollm2 --train_samples 120 --test_samples 160 --batch_size 8"
-[ $# -gt 0 ] || set -- sst2 wikitext2 untrained
+[ $# -gt 0 ] || set -- sst2 full wikitext2 untrained
 for block in "$@"; do "$block"; done | xargs -P "$jobs" -I{} sh -c '{}'
 
 for dataset in sst2 wikitext2 imdb; do

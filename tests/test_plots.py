@@ -93,6 +93,18 @@ def test_memory_is_stacked_by_its_parts_and_adds_up(group, figures):
     assert starts == pytest.approx(np.cumsum(widths, 0) - widths)
 
 
+def test_the_title_of_memory_names_the_least_of_the_adapters(figures, tmp_path):
+    made = make_study({"lora": 0, "qlora": 0}, seeds=2, timed=True)
+    right = np.arange(400) % 2 > 0
+    for seed in range(2):
+        made.append(make_result("head_only", seed, 1e-3, correct=right, timed=True))
+    for result in made:
+        less = {"head_only": 0, "qlora": 40, "lora": 90}[result["name"]]
+        result["memory"]["train"]["frozen weights"] = less * 2**20
+    assert plots.memory(*judged(tmp_path, *made), "memory.png")
+    assert "QLoRA needs the least memory of the adapters: 140 MiB" in figures[0].texts[0].get_text()
+
+
 def test_the_score_stands_over_the_trained_weights(group, figures):
     assert plots.weights(group, "weights.png")
     (axes,) = figures[0].axes
