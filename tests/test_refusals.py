@@ -45,10 +45,11 @@ def test_a_causal_lm_that_sees_the_future_has_no_perplexity(text_dir, tmp_path, 
     assert common.main([*map(str, text(text_dir, tmp_path / "causal")), "--out", str(tmp_path)])
 
 
-def test_broken_weights_are_named(reviews, tmp_path, capfd):
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_broken_weights_are_named(value, reviews, tmp_path, capfd):
     folder = write(tmp_path / "broken", "AutoModel", "bert")
     tensors = load_file(folder / "model.safetensors")
-    tensors["encoder.layer.1.output.dense.weight"][0, 0] = float("inf")
+    tensors["encoder.layer.1.output.dense.weight"][0, 0] = float(value)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     code, error = ended(capfd, lora, *rows(reviews, folder), "--out", tmp_path)
     assert code == 2 and "encoder.layer.1.output.dense.weight" in error
