@@ -277,10 +277,13 @@ def analyse(runs, margin):
     rows = [row for row in every if row["seeds"]]
     odd = sorted(seed for seed, drawn in data_of.items() if len(drawn) > 1)
     pairs = judge_pairs(rows, task, margin, odd)
-    lora = next((row for row in rows if row["tested"] and row["method"] == "lora"), None)
+    trained = [row for row in rows if not row["untrained"]]
+    plain = {row["method"]: row for row in trained if row["name"] == row["method"]}
     for row in rows:
-        apart = lora is None or row is lora or row["untrained"]
-        row["beside"] = None if apart else difference(row, lora, task, margin)
+        for key, method in (("beside", "lora"), ("parent", row["method"])):
+            other = plain.get(method, row)
+            apart = other is row or row["untrained"]
+            row[key] = None if apart else difference(row, other, task, margin)
     group = {"task": task, "margin": margin, "rows": rows, "pairs": pairs, "_runs": runs}
     group |= {"power": study_power(pairs, task, margin), "cautions": results.cautions(every, odd)}
     return group | {key: runs[0][key] for key in ("dataset", "model", "data")}

@@ -15,8 +15,8 @@ holds two noises: training again (seeds) and other test rows. *Better*: p < 0.05
 correction for all pairs; p is the larger of the paired t-test over seeds and of the test of both
 noises. *Equal within the margin*: the 90 % intervals lie inside it. *Undecided*: neither. What
 would decide supposes that difference and spread stay as seen. Verdicts are on the four methods in
-their default variant; other rows have an interval beside LoRA, not corrected for their number. A
-score's interval is over seeds alone.
+their default variant; other rows have an interval beside LoRA and beside their own method, not
+corrected for their number. A score's interval is over seeds alone.
 
 Memory is counted: live tensors at the peak of a step on the largest batch. Costs are means over the
 tuned runs. Times are of runs that timed inference; between runs the machine drifts.
@@ -35,8 +35,9 @@ def main(g):
 
 
 def pairs(g):
-    """Every statistic of the pairs, and of the other rows beside LoRA."""
+    """Every statistic of the pairs, of the other rows beside LoRA, of variants beside their own."""
     beside = [row["beside"] for row in g["rows"] if row["beside"] and not row["tested"]]
+    beside += [row["parent"] for row in g["rows"] if row["parent"] and row["method"] != "lora"]
     return tables.markdown(tables.pair_table([*g["pairs"], *beside]))
 
 

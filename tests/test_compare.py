@@ -407,7 +407,7 @@ def test_a_single_seed_and_no_shared_seed_are_no_error(tmp_path):
 
 
 def test_only_default_variants_are_tested_the_others_stand_beside_lora(tmp_path):
-    gains = {"lora": 0, "qlora": 0, "lora-rank32": 3, "hira-x": 1}
+    gains = {"lora": 0, "qlora": 0, "lora-rank32": 3, "hira-x": 1, "qlora-x": 3}
     made, right = make_study(gains), np.arange(400) % 2 > 0
     made.append(
         make_result("lora", 0, name="lora-untrained", untrained=True, correct=right),
@@ -415,10 +415,15 @@ def test_only_default_variants_are_tested_the_others_stand_beside_lora(tmp_path)
     (group,) = judged(tmp_path, *made)
     assert [(pair["a"], pair["b"]) for pair in group["pairs"]] == [("LoRA", "QLoRA")]
     rows = {row["label"]: row for row in group["rows"]}
-    assert list(rows) == ["LoRA", "LoRA rank32", "QLoRA", "HiRA x", "LoRA untrained"]
+    assert list(rows) == ["LoRA", "LoRA rank32", "QLoRA", "QLoRA x", "HiRA x", "LoRA untrained"]
     beside = rows["LoRA rank32"]["beside"]
     assert beside["mean"] == pytest.approx(3, abs=1) and beside["p_holm"] is None
     assert rows["LoRA"]["beside"] is None and rows["LoRA untrained"]["beside"] is None
+    parent = rows["QLoRA x"]["parent"]  # a variant stands beside its own method, too
+    assert (parent["a"], parent["b"]) == ("QLoRA x", "QLoRA")
+    scores = {label: np.array(rows[label]["scores"]) for label in ("QLoRA x", "QLoRA")}
+    assert parent["mean"] == pytest.approx((scores["QLoRA x"] - scores["QLoRA"]).mean())
+    assert rows["HiRA x"]["parent"] is None and rows["QLoRA"]["parent"] is None
 
 
 def test_groups_are_by_data_base_and_what_must_agree(tmp_path):
