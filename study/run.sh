@@ -35,6 +35,7 @@ sst2() {
 }
 full() { runs 8 common.py $sst2 --full --lr 1e-4 --search 5; }
 dropout() {  # the base's own, as its config has it; the runs without are sst2's and full's
+  local out=results/dropout
   runs 8 lora.py $sst2 --base_dropout 0.1 --name lora-dropout0.1 --lr 1.5e-3 --search 3
   runs 8 hira.py $sst2 --base_dropout 0.1 --name hira-dropout0.1 --lr 1.5e-2 --search 3
   runs 8 common.py $sst2 --full --base_dropout 0.1 --name full-dropout0.1 --lr 1e-4 --search 3
@@ -68,6 +69,7 @@ smollm2() {
 }
 
 python study/unpack.py study/*.jsonl $out
+python study/unpack.py study/dropout/*.jsonl results/dropout
 sst2="--dataset sst2 --model $model --train_samples 8000 --heldout 3000 --head_lr 1e-2"
 wiki="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000"
 imdb="--dataset imdb --model $model --train_samples 2000 --test_samples 2000 --head_lr 1e-2"
@@ -81,3 +83,7 @@ for dataset in sst2 wikitext2 imdb; do
   fi
 done
 python compare.py study/ --fill README.md docs/report.md
+if ls results/dropout/*.json > /dev/null 2>&1; then
+  cat results/dropout/*.json > study/dropout/sst2.jsonl
+  python compare.py study/dropout/ study/sst2.jsonl --out study/dropout --no_plots
+fi
