@@ -4,12 +4,14 @@ import ast
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import compare
 from study import unpack
 
 ROOT = Path(__file__).parents[1]
@@ -172,16 +174,41 @@ def test_results_in_prose_are_generated(page):
     assert set(re.findall(decimal, text)) <= cited.keys() | set(re.findall(decimal, made))
 
 
+@pytest.mark.parametrize(
+    "folder, inputs, pages",
+    [
+        ("study", ["study"], ["README.md", "docs/report.md"]),
+        ("study/pilot", ["study/pilot"], []),
+        ("study/dropout", ["study/dropout", "study/sst2.jsonl"], []),
+    ],
+)
+def test_committed_pages_are_what_compare_writes(folder, inputs, pages, tmp_path, monkeypatch):
+    """The study's page and the generated blocks elsewhere, from the committed results; no plots."""
+    for page in pages:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / page, tmp_path / page)
+    monkeypatch.chdir(ROOT)
+    fill = ["--fill", *(str(tmp_path / page) for page in pages)] if pages else []
+    compare.main([*inputs, "--out", str(tmp_path / "out"), "--no_plots", *fill])
+    for page in pages:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text()
+    written = (tmp_path / "out" / "README.md").read_text().splitlines()
+    kept = [line for line in (ROOT / folder / "README.md").read_text().splitlines() if line]
+    assert [line for line in written if line] == [x for x in kept if not x.startswith("![")]
+
+
 def test_the_committed_study_is_what_run_sh_runs(tmp_path, capsys):
     """Its commands, taken down by a stand-in for python, find their results in study/*.jsonl."""
     log, stand_in = tmp_path / "log", tmp_path / "python"
     stand_in.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
     stand_in.chmod(0o755)
     (tmp_path / "study").mkdir()
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    script = ROOT / "study" / "run.sh"
-    subprocess.run(["bash", script], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
-    unpack.main([*(ROOT / "study").glob("*.jsonl"), tmp_path / "results"])
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for blocks in [], ["dropout"]:
+        command = ["bash", ROOT / "study" / "run.sh", *blocks]
+        subprocess.run(command, cwd=tmp_path, env=env, check=True)
+    committed = [*(ROOT / "study").glob("*.jsonl"), *(ROOT / "study/dropout").glob("*.jsonl")]
+    unpack.main([*committed, tmp_path / "results"])
     ran = 0
     for name, *words in map(str.split, log.read_text().splitlines()):
         if "--dataset" in words:
