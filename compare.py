@@ -277,13 +277,12 @@ def analyse(runs, margin):
     rows = [row for row in every if row["seeds"]]
     odd = sorted(seed for seed, drawn in data_of.items() if len(drawn) > 1)
     pairs = judge_pairs(rows, task, margin, odd)
-    trained = [row for row in rows if not row["untrained"]]
-    plain = {row["method"]: row for row in trained if row["name"] == row["method"]}
+    plain = {row["name"]: row for row in rows if row["name"].startswith(row["method"])}
     for row in rows:
-        for key, method in (("beside", "lora"), ("parent", row["method"])):
-            other = plain.get(method, row)
-            apart = other is row or row["untrained"]
-            row[key] = None if apart else difference(row, other, task, margin)
+        names = [] if row["untrained"] else results.compared_with(row["method"], row["name"])
+        others = {name: plain[name] for name in names if name in plain}
+        found = {name: difference(row, other, task, margin) for name, other in others.items()}
+        row["beside"], row["parents"] = found.pop("lora", None), list(found.values())
     group = {"task": task, "margin": margin, "rows": rows, "pairs": pairs, "_runs": runs}
     group |= {"power": study_power(pairs, task, margin), "cautions": results.cautions(every, odd)}
     return group | {key: runs[0][key] for key in ("dataset", "model", "data")}

@@ -35,9 +35,9 @@ def main(g):
 
 
 def pairs(g):
-    """Every statistic of the pairs, of the other rows beside LoRA, of variants beside their own."""
+    """Every statistic of the pairs, of the other rows beside LoRA and beside their own methods."""
     beside = [row["beside"] for row in g["rows"] if row["beside"] and not row["tested"]]
-    beside += [row["parent"] for row in g["rows"] if row["parent"] and row["method"] != "lora"]
+    beside += [pair for row in g["rows"] for pair in row["parents"]]
     return tables.markdown(tables.pair_table([*g["pairs"], *beside]))
 
 

@@ -47,6 +47,15 @@ def label(method, name):
     return METHODS.get(method, method) + rest.replace("-", " ")
 
 
+def compared_with(method, name):
+    """Names of the rows that a row is set beside: LoRA, and its own method or a hybrid's two."""
+    names = ["lora", method]
+    if method == "hybrid":
+        contextual = name.startswith("hybrid-contextual")
+        names = ["lora", "qlora", "sparse_lora-contextual" if contextual else "hira"]
+    return [other for other in names if other != name]
+
+
 def row_order(row):
     """Sorts rows: the untrained last; methods in their order, the default variant first, 2 < 32."""
     place = [*METHODS, row["method"]].index(row["method"])

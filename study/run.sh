@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The study: run what is missing, then renew study/*.jsonl, the page and the plots.
+# The study: run what is missing, then renew study/*.jsonl, the page and the plots. Variants of the
+# methods on SST-2 (dropout, hybrids, ranks) go to study/variants/, a page of its own.
 #
 #   bash study/run.sh                     the blocks that study/ shows: the default below
 #   bash study/run.sh imdb ranks          these blocks; each is a function below
@@ -35,16 +36,18 @@ sst2() {
 }
 full() { runs 8 common.py $sst2 --full --lr 1e-4 --search 5; }
 dropout() {  # the base's own, as its config has it; the runs without are sst2's and full's
-  local out=results/dropout
+  local out=results/variants
   runs 8 lora.py $sst2 --base_dropout 0.1 --name lora-dropout0.1 --lr 1.5e-3 --search 3
   runs 8 hira.py $sst2 --base_dropout 0.1 --name hira-dropout0.1 --lr 1.5e-2 --search 3
   runs 8 common.py $sst2 --full --base_dropout 0.1 --name full-dropout0.1 --lr 1e-4 --search 3
 }
 hybrids() {
+  local out=results/variants
   runs 5 hybrid.py $sst2 --update hira --lr 1.5e-2 --search 3
   runs 5 hybrid.py $sst2 --update contextual --lr 7.5e-4 --search 3
 }
 ranks() {  # alpha stays at 16, so LoRA's best rate rises with the rank and HiRA's, without 1/r, falls
+  local out=results/variants
   runs 5 lora.py $sst2 --rank 2 --lr 7.5e-4 --search 3
   runs 5 lora.py $sst2 --rank 32 --lr 1.5e-3 --search 3
   runs 5 hira.py $sst2 --rank 2 --lr 1.5e-2 --search 3
@@ -69,7 +72,7 @@ smollm2() {
 }
 
 python study/unpack.py study/*.jsonl $out
-python study/unpack.py study/dropout/*.jsonl results/dropout
+python study/unpack.py study/variants/*.jsonl results/variants
 sst2="--dataset sst2 --model $model --train_samples 8000 --heldout 3000 --head_lr 1e-2"
 wiki="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000"
 imdb="--dataset imdb --model $model --train_samples 2000 --test_samples 2000 --head_lr 1e-2"
@@ -83,7 +86,7 @@ for dataset in sst2 wikitext2 imdb; do
   fi
 done
 python compare.py study/ --fill README.md docs/report.md
-if ls results/dropout/*.json > /dev/null 2>&1; then
-  cat results/dropout/*.json > study/dropout/sst2.jsonl
-  python compare.py study/dropout/ study/sst2.jsonl --out study/dropout --no_plots
+if ls results/variants/*.json > /dev/null 2>&1; then
+  cat results/variants/*.json > study/variants/sst2.jsonl
+  python compare.py study/variants/ study/sst2.jsonl --out study/variants --no_plots
 fi

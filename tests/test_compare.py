@@ -120,7 +120,7 @@ def make_study(gains, seeds=6, rows=400, spread=0.5, lm=False, rates=(1e-3, 2e-3
     """
     rng, made = np.random.default_rng(0), []
     for name, gain in gains.items():
-        method = next(m for m in ("sparse_lora", "qlora", "hira", "lora") if name.startswith(m))
+        method = name.split("-")[0]
         lucks = rng.normal(0, spread, seeds)
         for seed, luck in enumerate(lucks - lucks.mean()):
             for rate in rates:
@@ -419,11 +419,20 @@ def test_only_default_variants_are_tested_the_others_stand_beside_lora(tmp_path)
     beside = rows["LoRA rank32"]["beside"]
     assert beside["mean"] == pytest.approx(3, abs=1) and beside["p_holm"] is None
     assert rows["LoRA"]["beside"] is None and rows["LoRA untrained"]["beside"] is None
-    parent = rows["QLoRA x"]["parent"]  # a variant stands beside its own method, too
+    [parent] = rows["QLoRA x"]["parents"]  # a variant stands beside its own method, too
     assert (parent["a"], parent["b"]) == ("QLoRA x", "QLoRA")
     scores = {label: np.array(rows[label]["scores"]) for label in ("QLoRA x", "QLoRA")}
     assert parent["mean"] == pytest.approx((scores["QLoRA x"] - scores["QLoRA"]).mean())
-    assert rows["HiRA x"]["parent"] is None and rows["QLoRA"]["parent"] is None
+    assert not any(rows[x]["parents"] for x in ["LoRA rank32", "HiRA x", "QLoRA", "LoRA untrained"])
+
+
+def test_a_hybrid_stands_beside_both_its_methods(tmp_path):
+    names = ["lora", "qlora", "hira", "sparse_lora-contextual", "hybrid", "hybrid-contextual"]
+    (group,) = judged(tmp_path, *make_study(dict.fromkeys(names, 0)))
+    found = {row["label"]: [pair["b"] for pair in row["parents"]] for row in group["rows"]}
+    assert found["QHiRA"] == ["QLoRA", "HiRA"]
+    assert found["Sparse QLoRA"] == ["QLoRA", "Sparse LoRA contextual"]
+    assert found["Sparse LoRA contextual"] == found["LoRA"] == []
 
 
 def test_groups_are_by_data_base_and_what_must_agree(tmp_path):

@@ -179,7 +179,7 @@ def test_results_in_prose_are_generated(page):
     [
         ("study", ["study"], ["README.md", "docs/report.md"]),
         ("study/pilot", ["study/pilot"], []),
-        ("study/dropout", ["study/dropout", "study/sst2.jsonl"], []),
+        ("study/variants", ["study/variants", "study/sst2.jsonl"], []),
     ],
 )
 def test_committed_pages_are_what_compare_writes(folder, inputs, pages, tmp_path, monkeypatch):
@@ -207,7 +207,7 @@ def test_the_committed_study_is_what_run_sh_runs(tmp_path, capsys):
     for blocks in [], ["dropout"]:
         command = ["bash", ROOT / "study" / "run.sh", *blocks]
         subprocess.run(command, cwd=tmp_path, env=env, check=True)
-    committed = [*(ROOT / "study").glob("*.jsonl"), *(ROOT / "study/dropout").glob("*.jsonl")]
+    committed = [*(ROOT / "study").glob("*.jsonl"), *(ROOT / "study/variants").glob("*.jsonl")]
     unpack.main([*committed, tmp_path / "results"])
     ran = 0
     for name, *words in map(str.split, log.read_text().splitlines()):
