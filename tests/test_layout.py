@@ -178,7 +178,6 @@ def test_results_in_prose_are_generated(page):
     "folder, inputs, pages",
     [
         ("study", ["study"], ["README.md", "docs/report.md"]),
-        ("study/pilot", ["study/pilot"], []),
         ("study/variants", ["study/variants", "study/sst2.jsonl"], []),
     ],
 )
@@ -204,7 +203,7 @@ def test_the_committed_study_is_what_run_sh_runs(tmp_path, capsys):
     stand_in.chmod(0o755)
     (tmp_path / "study").mkdir()
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    for blocks in [], ["dropout"]:
+    for blocks in [], ["dropout", "hybrids", "ranks"]:
         command = ["bash", ROOT / "study" / "run.sh", *blocks]
         subprocess.run(command, cwd=tmp_path, env=env, check=True)
     committed = [*(ROOT / "study").glob("*.jsonl"), *(ROOT / "study/variants").glob("*.jsonl")]
