@@ -131,7 +131,7 @@ def tune(by_rate, sign):
     return max((by_rate[rate] for rate in sorted(by_rate)), key=lambda run: sign * run["dev"])
 
 
-def make_row(runs, task):
+def make_row(runs, task, device):
     """One method and name of a group, tuned. Runs with other settings under one name are refused.
 
     A seed counts where all the row's rates are there; "incomplete" has the others. "_chosen" is
@@ -168,7 +168,7 @@ def make_row(runs, task):
         "interval": [natural(x, task) for x in span],
         "scores": [natural(x, task) for x in scores],
         "dev": {r: [natural(found[r]["dev"], task) for found in whole.values()] for r in rates},
-        "costs": results.mean_numbers(list(chosen.values()), runs),
+        "costs": results.mean_numbers(list(chosen.values()), runs, device),
         "_chosen": chosen,
         "_values": {seed: results.row_values(run) for seed, run in chosen.items()},
     }
@@ -226,7 +226,7 @@ def judge_pairs(rows, task, margin, odd):
         elif p < 0.05:
             mean, *noise = pair["_seen"]
             sizes = abs(mean) + half_width(*noise) * np.array([0, -1, 1])
-            pair["lead"] = [abs(in_units(SIGN[task] * x, task)) for x in sizes]
+            pair["lead"] = [in_units(x, task) for x in sizes]
             pair |= {"verdict": "better", "better": (a if mean * SIGN[task] > 0 else b)["label"]}
         elif pair["equal"]:
             pair["verdict"] = "equal"
@@ -273,7 +273,9 @@ def analyse(runs, margin):
         named.setdefault((run["untrained"], run["method"], run["name"]), []).append(run)
         if not run["untrained"]:
             data_of.setdefault(run["seed"], set()).add(run["drawn"])
-    every = sorted((make_row(found, task) for found in named.values()), key=results.row_order)
+    device = results.most_common_device(runs)
+    every = [make_row(found, task, device) for found in named.values()]
+    every.sort(key=results.row_order)
     rows = [row for row in every if row["seeds"]]
     odd = sorted(seed for seed, drawn in data_of.items() if len(drawn) > 1)
     pairs = judge_pairs(rows, task, margin, odd)

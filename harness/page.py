@@ -19,7 +19,10 @@ their default variant; other rows have an interval beside LoRA and beside their 
 corrected for their number. A score's interval is over seeds alone.
 
 Memory is counted: live tensors at the peak of a step on the largest batch. Costs are means over the
-tuned runs. Times are of runs that timed inference; between runs the machine drifts.
+tuned runs, or over a row's other runs where only these ran on the device that most of the page's
+runs had; a row without any there has no memory and no times: a CPU takes a batch in smaller parts.
+Times are of runs that timed inference; between runs the machine drifts. A choice at the edge of the
+rates is named where more than a third of the seeds made it.
 
 </details>
 """

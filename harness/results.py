@@ -32,7 +32,7 @@ MARGIN = {"classification": 1.0, "mlm": 2.0, "clm": 2.0}  # points; percent of t
 # Settings that say where a run found its data, or how it split a batch: they may differ in a row.
 FREE = {"dataset", "model", "dataset folder", "model folder", "train_samples", "test_samples"}
 FREE |= {"batch_size", "eval_batch_size", "grad_accum"}
-COSTS = ("metrics", "parameters", "memory", "flops", "disk", "inference", "time")
+ANYWHERE = ("parameters", "flops", "disk")  # costs that are the same on every device
 
 
 def label(method, name):
@@ -195,21 +195,27 @@ def numbers(tree, path=""):
     return {path: tree} if isinstance(tree, int | float) else {}
 
 
-def mean_numbers(runs, every):
+def most_common_device(runs):
+    """The device that most of these runs had."""
+    devices = [run["environment"]["device"] for run in runs]
+    return max(sorted(set(devices)), key=devices.count)
+
+
+def mean_numbers(runs, every, device):
     """{dotted path: mean over the runs that have it} of scores and costs; times of timed runs.
 
-    Costs are of the device that most of a row's runs had, as those of two are no mean of anything:
-    of the chosen `runs`, or where none of these ran on it, of `every` run.
+    Costs are of runs on `device`, the one of most runs on the page, as a CPU takes a batch in
+    smaller parts: of the chosen `runs`, or where none of these ran on it, of `every` run. A row
+    that never ran on it has no memory and no times.
     """
-    devices, found = [run["environment"]["device"] for run in every], {}
-    device = max(sorted(set(devices)), key=devices.count)
-    there = [run for run in runs if run["environment"]["device"] == device]
+    found, there = {}, [run for run in runs if run["environment"]["device"] == device]
     there = there or [run for run in every if run["environment"]["device"] == device]
     for run in runs:
         for path, x in numbers({"metrics": run["metrics"]}).items():
             found.setdefault(path, []).append(x)
-    for run in there:
-        kept = COSTS[1:] if run["inference"] else COSTS[1:-1]
+    for run in there or runs:
+        kept = [*ANYWHERE, *(["memory", "inference"] if there else [])]
+        kept += ["time"] if there and run["inference"] else []
         for path, x in numbers({key: run.get(key) for key in kept}).items():
             found.setdefault(path, []).append(x)
     return {path: float(np.mean(x)) for path, x in found.items()}

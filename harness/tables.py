@@ -95,7 +95,7 @@ def verdicts(g):
         for pair in (pair for pair in pairs if pair["better"] == name):
             other = pair["b"] if pair["a"] == name else pair["a"]
             mean, low, high = pair["lead"]
-            inside = ", within the margin" if pair["equal"] else ""
+            inside = "; the 90 % one lies within the margin" if pair["equal"] else ""
             size = f"{amount(g, f'{mean:.2f}')} (95 % interval {low:.2f} to {high:.2f}{inside})"
             beaten.append(f"than {other} by {size}")
         said.append(f"**{name} is better** {listing(beaten)}.")

@@ -371,7 +371,7 @@ def test_the_less_perplexity_the_better(tmp_path):
     assert (pair["verdict"], pair["better"]) == ("better", "HiRA")
     assert pair["lead"][1] < pair["lead"][0] < pair["lead"][2]
     assert pair["mean"] > 0 and {lr for row in group["rows"] for lr in row["chosen"]} == {2e-3}
-    assert pair["lead"][0] == pytest.approx(100 - 100 / (1 + pair["mean"] / 100))
+    assert pair["lead"] == pytest.approx([pair["mean"], *pair["intervals"]["both"]])  # LoRA - HiRA
 
 
 def test_verdicts_better_equal_undecided(tmp_path):
@@ -656,10 +656,12 @@ def test_costs_of_two_devices_are_not_averaged():
         return costs | {"environment": {"device": device}}
 
     runs = [run("cuda", 300, 0.8), run("cpu", 100, 0.9), run("cuda", 320, 0.7)]
+    assert results.most_common_device(runs) == "cuda"
     wanted = {"metrics.test": 0.8, "memory.train": 310}
-    assert results.mean_numbers(runs, runs) == pytest.approx(wanted)
+    assert results.mean_numbers(runs, runs, "cuda") == pytest.approx(wanted)
     wanted = {"metrics.test": 0.9, "memory.train": 310}  # chosen was the one on the rarer device
-    assert results.mean_numbers(runs[1:2], runs) == pytest.approx(wanted)
+    assert results.mean_numbers(runs[1:2], runs, "cuda") == pytest.approx(wanted)
+    assert results.mean_numbers(runs[1:2], runs[1:2], "cuda") == {"metrics.test": 0.9}
     assert results.label("hybrid", "hybrid-contextual-rank4") == "Sparse QLoRA rank4"
     assert results.label("hybrid", "hybrid-rank4") == "QHiRA rank4"
 
