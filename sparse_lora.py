@@ -306,7 +306,10 @@ def slice_blocks(base, run, switch):
         where = f"no plain feed-forward layers known in {config.model_type}"
         fail(f"--mode contextual: {where}; --targets may name attention layers only")
     blocks = [name.removesuffix(ways_in[0]) for name in names]
-    first = len(blocks) // 2 if run.dense_layers is None else run.dense_layers
+    sliceable = len(blocks) - base.last_block_cut
+    first = run.dense_layers
+    if first is None:  # half, but in a model of two blocks one is sliced
+        first = max(0, min(len(blocks) // 2, sliceable - 1))
     if first >= len(blocks):
         fail(f"--dense_layers {first}: the model has {len(blocks)} layers, so none would be sliced")
 
@@ -324,7 +327,7 @@ def slice_blocks(base, run, switch):
             if not is_linear(layer):
                 fail(f"--targets: {name} is sliced by --mode contextual; name attention layers")
         left_out = layer_sparsity(i, len(blocks), run.channel_sparsity, first)
-        if left_out == 0 or base.last_block_cut and i == len(blocks) - 1:
+        if left_out == 0 or i >= sliceable:
             continue
         keep = max(1, round(len(layers[0].weight) * (1 - left_out)))
         channels = Channels(keep, switch, rows, scorer(layers[:-1], act, run))
@@ -333,7 +336,8 @@ def slice_blocks(base, run, switch):
         model.set_submodule(block + way_out, WayOut(layers[-1], channels))
         kept[block.rstrip(".")] = keep
     if not kept:
-        fail("--mode contextual: all blocks would stay dense, as the last one does")
+        few = f"--dense_layers {first}: all blocks would stay dense, as the last one does"
+        fail(f"{few}; give a smaller number")
     return kept
 
 

@@ -1,6 +1,7 @@
 """The trained model as an ordinary Hugging Face checkpoint: weights merged, config, tokenizer."""
 
 import copy
+import os
 import shutil
 
 import torch
@@ -48,7 +49,7 @@ def export(run, base):
     whole.config.dtype = dtype
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
-    unfinished = folder.with_name(f"{folder.name}.tmp")
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         whole.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

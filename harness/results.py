@@ -110,7 +110,7 @@ def read_run(text):
     try:
         run = json.loads(text)
     except ValueError:
-        raise ValueError("not JSON; torn, empty, not to be read?") from None
+        raise ValueError("not JSON: torn, empty or not a text") from None
     if not isinstance(run, dict) or run.get("schema") != 2:
         raise ValueError("not a result of this version (schema 2)")
     data, flags = run["data"], run["settings"]
@@ -161,6 +161,8 @@ def texts_of(file):
 def load(paths, price=None):
     """(runs, skipped): each usable run once, and one line for each text that is none."""
     texts, runs, skipped = [], {}, []
+    if price is not None and not 0 < price < math.inf:
+        fail(f"--price {price:g}: give a positive number")
     for path in paths:
         if not path.exists():
             fail(f"{path}: no such file or folder; `python lora.py` writes into results/")

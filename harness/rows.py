@@ -203,7 +203,7 @@ def load_tokenizer(model):
     except Exception as error:
         fail(f"--model {model}: no usable tokenizer there ({first_line(error)})")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        fail(f"--model {model}: it has no tokenizer of its own")
+        fail(f"--model {model}: it has no tokenizer; wanted: tokenizer.json, or what its kind has")
     return tokenizer, config
 
 

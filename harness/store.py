@@ -53,6 +53,9 @@ def finished(run):
                 f"{run.path} holds a run with other settings ({'; '.join(differ)}); --name NAME "
                 "keeps both, --force replaces it"
             )
+        if run.export:
+            saved = f"--eval_only {run.path.with_suffix('')}"
+            fail(f"{run.path} is there already; {saved} exports it, --force runs it again")
         print(f"{run.path} is there already; --force runs it again")
         done = True
     return agree(done)
@@ -189,7 +192,7 @@ def load_adapter(run, base, method):
         other = config.get("base_model_name_or_path", "unnamed")
         fail(
             f"--eval_only {folder}: trained on another base ({other}), not on --model {run.model}, "
-            "or on the same in other bits; change --model or the script"
+            "or for another task, or in other bits; change --model, --dataset or the script"
         )
     if sha256 is None and "stored" in method:
         say(f"--eval_only {folder}: scored on the base in {method['stored'][1:]}, as made here")

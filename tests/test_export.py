@@ -87,6 +87,14 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(
     words = [*rows_flags(models, reviews), "--max_steps", 1, "--no_timing", "--out", tmp_path]
     code, error = ended(capfd, lora, *words, "--export", folder)
     assert code == 2 and "not an empty folder" in error and (folder / "mine.txt").exists()
+    code, error = ended(capfd, lora, *words, "--export", folder, "--force")
+    assert code == 2 and "name a new one" in error and (folder / "mine.txt").exists()
+    (tmp_path / "empty").mkdir()
+    with monkeypatch.context() as moved:
+        moved.chdir(tmp_path / "empty")
+        code, error = ended(capfd, lora, *words, "--export", ".")
+    assert code == 2 and "not where you are" in error
+    (folder / "config.json").write_text("{}")  # a model: --force may replace it
     code, error = ended(capfd, lora, *words, "--seeds", 0, 1, "--export", tmp_path / "new")
     assert code == 2 and "of one run" in error
 
@@ -96,8 +104,10 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
     code, error = ended(capfd, lora, *words, "--export", folder, "--force")
     assert code == 1 and "No space left" in error
-    assert [path.name for path in folder.iterdir()] == ["mine.txt"]
+    assert {path.name for path in folder.iterdir()} == {"config.json", "mine.txt"}
     assert not list(tmp_path.glob("*.tmp"))
     monkeypatch.undo()
     lora.main([*map(str, words), "--export", str(folder), "--force"])
-    assert (folder / "config.json").exists() and not (folder / "mine.txt").exists()
+    assert (folder / "model.safetensors").exists() and not (folder / "mine.txt").exists()
+    code, error = ended(capfd, lora, *words, "--export", tmp_path / "late")  # the run is finished
+    assert code == 2 and "--eval_only" in error and not (tmp_path / "late").exists()

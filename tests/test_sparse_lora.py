@@ -390,6 +390,13 @@ def test_what_contextual_cannot_do_is_one_line(kind, flags, named, words_of, tmp
     assert code == 2 and named in error
 
 
+def test_of_two_blocks_one_is_sliced(tmp_path):
+    """The demo's own model: with half of its blocks dense and the last one cut, none would be."""
+    _, _, base, _ = started(sparse_lora, [], tmp_path, "--mode", "contextual")
+    ways_in = [n for n, m in base.model.named_modules() if isinstance(m, sparse_lora.WayIn)]
+    assert len(ways_in) == 1 and base.last_block_cut
+
+
 def test_attention_targets_may_end_as_feed_forward_layers_do(words_of, tmp_path):
     """`attention.output.dense` is not `output.dense` of the feed-forward layer."""
     flags = ["--targets", "attention.output.dense"]
