@@ -99,7 +99,8 @@ def rates(g, path):
         return None
     means = {row["label"]: [sum(x) / len(x) for x in row["dev"].values()] for row in rows}
     most = max(max(mean) - min(mean) for mean in means.values())
-    title = f"The choice of the learning rate moves the dev score by up to {most:.1f}"
+    unit = "points" if g["task"] == "classification" else "of perplexity"
+    title = f"The choice of the learning rate moves the dev score by up to {most:.1f} {unit}"
     note = "Line: mean over seeds; band: from the worst seed to the best."
     lines = 1 if len(methods) <= 4 else 2
     with canvas(path, title, g, note, 1.2 + 2.1 * lines) as figure:
