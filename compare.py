@@ -135,7 +135,8 @@ def make_row(runs, task, device):
     """One method and name of a group, tuned. Runs with other settings under one name are refused.
 
     A seed counts where all the row's rates are there; "incomplete" has the others. "_chosen" is
-    {seed: run}, "_values" (seeds, test rows), "dev" {rate: dev score at each of the seeds}.
+    {seed: run}, "_values" (seeds, test rows), "dev" {rate: dev score at each of the seeds}, "costs"
+    those on `device`.
     """
     first, by_seed = runs[0], {}
     for run in runs:
@@ -274,8 +275,7 @@ def analyse(runs, margin):
         if not run["untrained"]:
             data_of.setdefault(run["seed"], set()).add(run["drawn"])
     device = results.most_common_device(runs)
-    every = [make_row(found, task, device) for found in named.values()]
-    every.sort(key=results.row_order)
+    every = sorted((make_row(x, task, device) for x in named.values()), key=results.row_order)
     rows = [row for row in every if row["seeds"]]
     odd = sorted(seed for seed, drawn in data_of.items() if len(drawn) > 1)
     pairs = judge_pairs(rows, task, margin, odd)

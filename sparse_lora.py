@@ -310,8 +310,9 @@ def slice_blocks(base, run, switch):
     first = run.dense_layers
     if first is None:  # half, but in a model of two blocks one is sliced
         first = max(0, min(len(blocks) // 2, sliceable - 1))
-    if first >= len(blocks):
-        fail(f"--dense_layers {first}: the model has {len(blocks)} layers, so none would be sliced")
+    if first >= sliceable:
+        has = f"the model has {len(blocks)} layers, {sliceable} of which can be sliced"
+        fail(f"--dense_layers {first}: {has}, so none would be")
 
     def rows():
         """Positions of the rows to score channels on, and of those to keep dense."""
@@ -336,8 +337,7 @@ def slice_blocks(base, run, switch):
         model.set_submodule(block + way_out, WayOut(layers[-1], channels))
         kept[block.rstrip(".")] = keep
     if not kept:
-        few = f"--dense_layers {first}: all blocks would stay dense, as the last one does"
-        fail(f"{few}; give a smaller number")
+        fail(f"--channel_sparsity {run.channel_sparsity:g}: no channel would be left out")
     return kept
 
 

@@ -34,7 +34,7 @@ def export(run, base):
     """
     if rank() != 0:
         return
-    folder, model = run.export, base.model
+    folder, model = run.export.resolve(), base.model
     tokenizer, config = copy.deepcopy(load_tokenizer(run.model))
     config.id2label, config.label2id = model.config.id2label, model.config.label2id
     config.pad_token_id = model.config.pad_token_id
@@ -53,11 +53,10 @@ def export(run, base):
     try:
         whole.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        unfinished.rename(folder)  # new, or empty: nothing of the user's is ever replaced
     except Exception as error:  # the libraries have their own words for a full disk
-        fail(f"--export {folder}: cannot write it ({first_line(error)})", status=1)
+        fail(f"--export {run.export}: cannot write it ({first_line(error)})", status=1)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(tensor.nbytes for tensor in wanted.values()) / 2**20
-    say(f"wrote the merged model to {folder} ({size:,.1f} MiB, {str(dtype)[6:]})")
+    say(f"wrote the merged model to {run.export} ({size:,.1f} MiB, {str(dtype)[6:]})")

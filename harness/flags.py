@@ -170,14 +170,8 @@ def parse_args(doc, file, add_args, argv=None):
     args.command = " ".join([Path(file).name, *words])
 
     if args.export:
-        args.export = Path(os.path.normpath(args.export))
-        there = args.export.is_file() or args.export.is_dir() and any(args.export.iterdir())
-        earlier = (args.export / "config.json").is_file()  # a model, not somebody's other files
-        if there and not (args.force and earlier):
-            advice = "--force replaces it" if earlier else "name a new one"
-            fail(f"--export {args.export}: it is not an empty folder; {advice}")
-        if args.export.is_symlink() or args.export.resolve() in (here := Path.cwd(), *here.parents):
-            fail(f"--export {args.export}: not where you are, and no link; name a new folder")
+        if args.export.is_file() or args.export.is_dir() and any(args.export.iterdir()):
+            fail(f"--export {args.export}: it is not an empty folder; name a new one")
         if len(args.seeds) * len(args.lr) > 1 and not args.eval_only:
             fail(f"--export {args.export}: of one run; give one of --seeds and one --lr")
     args.device = find_device(args.device)

@@ -32,7 +32,7 @@ MARGIN = {"classification": 1.0, "mlm": 2.0, "clm": 2.0}  # points; percent of t
 # Settings that say where a run found its data, or how it split a batch: they may differ in a row.
 FREE = {"dataset", "model", "dataset folder", "model folder", "train_samples", "test_samples"}
 FREE |= {"batch_size", "eval_batch_size", "grad_accum"}
-ANYWHERE = ("parameters", "flops", "disk")  # costs that are the same on every device
+ANYWHERE = ("parameters", "flops", "disk")  # costs that hardly depend on the device
 
 
 def label(method, name):
@@ -210,14 +210,16 @@ def mean_numbers(runs, every, device):
     smaller parts: of the chosen `runs`, or where none of these ran on it, of `every` run. A row
     that never ran on it has no memory and no times.
     """
-    found, there = {}, [run for run in runs if run["environment"]["device"] == device]
+    found = {}
+    there = [run for run in runs if run["environment"]["device"] == device]
     there = there or [run for run in every if run["environment"]["device"] == device]
     for run in runs:
         for path, x in numbers({"metrics": run["metrics"]}).items():
             found.setdefault(path, []).append(x)
     for run in there or runs:
-        kept = [*ANYWHERE, *(["memory", "inference"] if there else [])]
-        kept += ["time"] if there and run["inference"] else []
+        kept = [*ANYWHERE]
+        if there:
+            kept += ["memory", "inference", "time"] if run["inference"] else ["memory"]
         for path, x in numbers({key: run.get(key) for key in kept}).items():
             found.setdefault(path, []).append(x)
     return {path: float(np.mean(x)) for path, x in found.items()}

@@ -54,8 +54,8 @@ def finished(run):
                 "keeps both, --force replaces it"
             )
         if run.export:
-            saved = f"--eval_only {run.path.with_suffix('')}"
-            fail(f"{run.path} is there already; {saved} exports it, --force runs it again")
+            add = f"add --eval_only {run.path.with_suffix('')} to export it"
+            fail(f"{run.path} is there already; {add}, or --force to run it again")
         print(f"{run.path} is there already; --force runs it again")
         done = True
     return agree(done)

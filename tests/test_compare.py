@@ -633,10 +633,12 @@ def test_a_result_without_costs_is_read(tmp_path):
     compare.main([str(tmp_path)])
 
 
-@pytest.mark.parametrize("price", ["-3", "nan", "0"])
-def test_a_price_is_positive(price, tmp_path):
+@pytest.mark.parametrize("price", ["-3", "nan", "0", "inf"])
+def test_a_price_is_positive(price, tmp_path, capsys):
+    write(tmp_path, make_result())
     with pytest.raises(SystemExit, match="2"):
         compare.main([str(tmp_path), "--price", price])
+    assert f"--price {price}: give a positive number" in capsys.readouterr().err
 
 
 def test_json_has_every_number_and_writes_nothing(tmp_path, capsys):

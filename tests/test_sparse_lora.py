@@ -381,7 +381,8 @@ def test_batch_without_a_masked_token(words_of, tmp_path):
         ("bert", ["--targets", "query", "output.dense"], "--targets: output.dense is sliced"),
         ("llama", ["--targets", "down_proj"], "--targets: mlp.down_proj is sliced"),
         ("distilbert", ["--dense_layers", 3], "--dense_layers 3: the model has 3 layers"),
-        ("distilbert", ["--dense_layers", 2], "all blocks would stay dense"),
+        ("distilbert", ["--dense_layers", 2], "the model has 3 layers, 2 of which can be sliced"),
+        ("distilbert", ["--channel_sparsity", 0], "--channel_sparsity 0: no channel"),
     ],
 )
 def test_what_contextual_cannot_do_is_one_line(kind, flags, named, words_of, tmp_path, capfd):
