@@ -76,6 +76,7 @@ python study/unpack.py study/variants/*.jsonl results/variants
 sst2="--dataset sst2 --model $model --train_samples 8000 --heldout 3000 --head_lr 1e-2"
 wiki="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000"
 imdb="--dataset imdb --model $model --train_samples 2000 --test_samples 2000 --head_lr 1e-2"
+imdb+=" --max_length 128 --epochs 2"
 smol="--dataset wikitext2 --model models/smollm2 --train_samples 120 --test_samples 160 --batch_size 8"
 [ $# -gt 0 ] || set -- sst2 full wikitext2 untrained
 for block in "$@"; do "$block"; done | xargs -P "$jobs" -I{} sh -c '{}'
