@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from harness import page, plots, results
+from harness import page, plots, results, tables
 from harness.process import fail
 from harness.results import SIGN, in_units, natural
 
@@ -171,6 +171,7 @@ def make_row(runs, task, device):
         "dev": {r: [natural(found[r]["dev"], task) for found in whole.values()] for r in rates},
         "costs": results.mean_numbers(list(chosen.values()), runs, device),
         "_chosen": chosen,
+        "_drawn": {seed: {run["drawn"] for run in found.values()} for seed, found in whole.items()},
         "_values": {seed: results.row_values(run) for seed, run in chosen.items()},
     }
 
@@ -187,6 +188,8 @@ def difference(a, b, task, margin):
         return pair
     d = np.array([a["_values"][seed] - b["_values"][seed] for seed in seeds])  # (seeds, test rows)
     (n, m), mean, noise = d.shape, d.mean(), noises(d)
+    if task == "classification":  # a share of m rows is known to one row at best
+        noise[1] = max(noise[1], (100 / m) ** 2)
     p_seeds, p, equal = judge(mean, noise, n, m, results.margin_on_scale(margin, task))
     halves = {
         "both": half_width(noise, n, m),
@@ -207,11 +210,11 @@ def difference(a, b, task, margin):
     }
 
 
-def judge_pairs(rows, task, margin, odd):
+def judge_pairs(rows, task, margin):
     """Every pair of the four methods in their default variant: difference, Holm's p, verdict.
 
-    odd: seeds at which not all runs had the same training and dev rows. An undecided pair "needs"
-    (seeds, test rows); a better one has its "lead", mean and interval, as positive sizes.
+    An undecided pair "needs" (seeds, test rows); a better one has its "lead", mean and interval,
+    as positive sizes.
     """
     found = list(combinations([row for row in rows if row["tested"]], 2))
     pairs = [difference(a, b, task, margin) for a, b in found]
@@ -222,7 +225,7 @@ def judge_pairs(rows, task, margin, odd):
             pair["why"] = f"{len(a['rates'])} and {len(b['rates'])} learning rates to choose from"
         elif len(pair["seeds"]) < SEEDS:
             pair["why"] = f"{SEEDS} shared seeds are needed, found: {len(pair['seeds'])}"
-        elif odd:
+        elif any(len(a["_drawn"][seed] | b["_drawn"][seed]) > 1 for seed in pair["seeds"]):
             pair["why"] = "other training or dev rows at one seed"
         elif p < 0.05:
             mean, *noise = pair["_seen"]
@@ -239,15 +242,14 @@ def judge_pairs(rows, task, margin, odd):
 
 
 def study_power(pairs, task, margin):
-    """power() with the median noise of the pairs that have most seeds; None below SEEDS of them."""
-    seen = [pair["_seen"] for pair in pairs if len(pair["seeds"]) >= SEEDS]
+    """power() of the pair for which it is least, of those with a verdict; None without one."""
+    seen = [pair["_seen"][1:] for pair in pairs if pair["verdict"] != "none"]
     if not seen:
         return None
-    n, m = max((n, m) for _, _, n, m in seen)
-    noise = np.median([x for _, x, *shape in seen if shape == [n, m]], axis=0)
-    size = n, m, results.margin_on_scale(margin, task)
-    found, equal = power(noise, *size, 0.05 / len(pairs))
-    return {"found": found, "equal": equal, "seeds": n, "rows": m}
+    bound = results.margin_on_scale(margin, task)
+    each = [power(noise, n, m, bound, 0.05 / len(pairs)) for noise, n, m in seen]
+    found, equal = np.min(each, axis=0).tolist()
+    return {"found": found, "equal": equal, "seeds": min(n for _, n, _ in seen), "rows": seen[0][2]}
 
 
 def group_runs(runs):
@@ -268,17 +270,14 @@ def group_runs(runs):
 
 def analyse(runs, margin):
     """What the page shows of a group of comparable runs, as a dict; margin: None is the default."""
-    task, named, data_of = runs[0]["data"]["task"], {}, {}
+    task, named = runs[0]["data"]["task"], {}
     margin = margin or results.MARGIN[task]
     for run in runs:
         named.setdefault((run["untrained"], run["method"], run["name"]), []).append(run)
-        if not run["untrained"]:
-            data_of.setdefault(run["seed"], set()).add(run["drawn"])
     device = results.most_common_device(runs)
     every = sorted((make_row(x, task, device) for x in named.values()), key=results.row_order)
     rows = [row for row in every if row["seeds"]]
-    odd = sorted(seed for seed, drawn in data_of.items() if len(drawn) > 1)
-    pairs = judge_pairs(rows, task, margin, odd)
+    pairs = judge_pairs(rows, task, margin)
     plain = {row["name"]: row for row in rows if row["name"].startswith(row["method"])}
     for row in rows:
         names = [] if row["untrained"] else results.compared_with(row["method"], row["name"])
@@ -286,7 +285,7 @@ def analyse(runs, margin):
         found = {name: difference(row, other, task, margin) for name, other in others.items()}
         row["beside"], row["parents"] = found.pop("lora", None), list(found.values())
     group = {"task": task, "margin": margin, "rows": rows, "pairs": pairs, "_runs": runs}
-    group |= {"power": study_power(pairs, task, margin), "cautions": results.cautions(every, odd)}
+    group |= {"power": study_power(pairs, task, margin), "cautions": results.cautions(every)}
     return group | {key: runs[0][key] for key in ("dataset", "model", "data")}
 
 
@@ -314,6 +313,7 @@ def main(argv=None):
         fail(f"--margin {args.margin:g}: give more than 0 and less than 100")
     runs, skipped = results.load(args.paths, args.price)
     groups = [analyse(found, args.margin) for found in group_runs(runs)]
+    tables.tell_apart(groups)
     if args.json:
         print(json.dumps(for_json({"groups": groups, "skipped": skipped}), indent=1))
         return

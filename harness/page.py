@@ -18,12 +18,12 @@ would decide supposes that difference and spread stay as seen. Verdicts are on t
 their default variant; other rows have an interval beside LoRA and beside their own method, not
 corrected for their number. A score's interval is over seeds alone.
 
-Memory is counted: live tensors at the peak of a step on the largest batch. A CPU takes a batch in
-smaller parts than a GPU. So memory and times are of one device, the one of most runs here, and a
-row that never ran on it has none. Costs are means over the tuned runs, or over the row's other runs
-on that device where no tuned one ran there. Times are of runs that timed inference; between runs
-the machine drifts. A choice at the edge of the rates is named where more than a third of the seeds
-made it.
+Memory is counted: live tensors at the peak of a step on the largest batch; *allocator* is what
+CUDA's allocator held in the same work. A CPU takes a batch in smaller parts than a GPU. So memory
+and times are of one device, the one of most runs here. Where a seed's tuned run was on another,
+they are of another rate's run; a row that never ran on it has none. Times are of runs that timed
+inference; between runs the machine drifts. A choice at the edge of the rates is named where more
+than a third of the seeds made it.
 
 </details>
 """

@@ -32,7 +32,9 @@ MARGIN = {"classification": 1.0, "mlm": 2.0, "clm": 2.0}  # points; percent of t
 # Settings that say where a run found its data, or how it split a batch: they may differ in a row.
 FREE = {"dataset", "model", "dataset folder", "model folder", "train_samples", "test_samples"}
 FREE |= {"batch_size", "eval_batch_size", "grad_accum"}
-ANYWHERE = ("parameters", "flops", "disk")  # costs that hardly depend on the device
+# What an untrained model takes no notice of.
+TRAINING = {"epochs", "max_steps", "head_lr", "warmup", "weight_decay", "base_dropout"}
+ANYWHERE = ("metrics", "parameters", "flops", "disk")  # what hardly depends on the device
 
 
 def label(method, name):
@@ -77,12 +79,12 @@ def on_scale(score, task):
 
 def natural(x, task):
     """A score from that scale: percent of right answers, or the perplexity."""
-    return float(x if task == "classification" else math.exp(x / 100))
+    return float(x if task == "classification" else math.exp(min(x / 100, 700)))
 
 
 def in_units(x, task):
     """A difference on that scale: in points of accuracy, or in percent of the perplexity."""
-    return float(x if task == "classification" else 100 * math.expm1(x / 100))
+    return float(x if task == "classification" else 100 * math.expm1(min(x / 100, 700)))
 
 
 def margin_on_scale(margin, task):
@@ -134,16 +136,22 @@ def read_run(text):
     scored = [run["dataset"], data["task"], run["base"]["sha256"], data["test_sha256"]]
     scored += [data["test"], flags["max_length"]]
     trained = [data["train"], data["dev"], flags["epochs"], flags["max_steps"], rows_a_step]
-    run["scored"], run["trained"] = json.dumps(scored), json.dumps([*trained, flags["head_lr"]])
-    run["kept"] = {key: x for key, x in sorted(flags.items()) if key not in FREE}
+    trained = [] if run["untrained"] else [*trained, flags["head_lr"]]
+    run["scored"], run["trained"] = json.dumps(scored), json.dumps(trained)
+    free = FREE | TRAINING if run["untrained"] else FREE
+    run["kept"] = {key: x for key, x in sorted(flags.items()) if key not in free}
     for timing in run["inference"]:
         timing["as trained"] = timing.get("unmerged", timing["base"])
     run["inference"] = {str(timing["batch"]): timing for timing in run["inference"]}
+    if "epoch_seconds" in run.get("time", {}):  # a list; tables show means
+        epochs = run["time"]["epoch_seconds"]
+        run["time"]["epoch_seconds"] = sum(epochs) / max(1, len(epochs))
     if not run["environment"]["device"].startswith("cuda"):
         run.get("time", {}).pop("accelerator_hours", None)  # of a GPU alone
     for phase in ("train", "inference"):
         if phase in run["memory"]:  # nothing is trained in an untrained language model
             run["memory"][phase]["peak"] = sum(run["memory"][phase].values())
+            run["memory"][phase]["allocator"] = run["memory"].pop(f"{phase}_allocator", None)
     return run
 
 
@@ -184,6 +192,8 @@ def load(paths, price=None):
         if reason:
             skipped.append(f"{name}: {reason}")
             print(f"compare.py: skipped {file.parent / name}: {reason}", file=sys.stderr)
+    if price and not any(run["inference"] and "cost" in run["time"] for run in runs.values()):
+        print("compare.py: --price: no run here was timed on a GPU", file=sys.stderr)
     if not runs:
         fail(f"no usable result in {', '.join(map(str, paths))}; `python lora.py` makes one")
     return list(runs.values()), skipped
@@ -204,23 +214,22 @@ def most_common_device(runs):
 
 
 def mean_numbers(runs, every, device):
-    """{dotted path: mean over the runs that have it} of scores and costs; times of timed runs.
+    """{dotted path: mean over the runs that have it} of the chosen runs' scores and costs.
 
-    Costs are of runs on `device`, the one of most runs on the page, as a CPU takes a batch in
-    smaller parts: of the chosen `runs`, or where none of these ran on it, of `every` run. A row
-    that never ran on it has no memory and no times.
+    Memory and times are of runs on `device`, the one of most runs on the page, as a CPU takes a
+    batch in smaller parts: at each seed of the chosen one of `runs`, or where that ran elsewhere or
+    has no costs, of another of `every` run. A row that never ran on it has none. Times are of timed
+    runs.
     """
-    found = {}
-    there = [run for run in runs if run["environment"]["device"] == device]
-    there = there or [run for run in every if run["environment"]["device"] == device]
-    for run in runs:
-        for path, x in numbers({"metrics": run["metrics"]}).items():
-            found.setdefault(path, []).append(x)
-    for run in there or runs:
-        kept = [*ANYWHERE]
-        if there:
-            kept += ["memory", "inference", "time"] if run["inference"] else ["memory"]
-        for path, x in numbers({key: run.get(key) for key in kept}).items():
+    found, seeds = {}, {run["seed"] for run in runs}
+    there = [run for run in [*every, *runs] if run["environment"]["device"] == device]
+    there = {run["seed"]: run for run in there if run["memory"] and run["seed"] in seeds}.values()
+    parts = [{key: run.get(key) for key in ANYWHERE} for run in runs]
+    for run in there:
+        kept = ["memory", "inference", "time"] if run["inference"] else ["memory"]
+        parts.append({key: run.get(key) for key in kept})
+    for part in parts:
+        for path, x in numbers(part).items():
             found.setdefault(path, []).append(x)
     return {path: float(np.mean(x)) for path, x in found.items()}
 
@@ -229,7 +238,7 @@ def listed(found):
     return "; ".join(f"{label}: {what}" for label, what in found.items()) + "."
 
 
-def cautions(rows, odd):
+def cautions(rows):
     """Sentences on what makes the comparison less fair than it looks."""
     rows, said = [row for row in rows if not row["untrained"]], []
     tested = [row for row in rows if row["tested"]]
@@ -241,9 +250,14 @@ def cautions(rows, odd):
     if len({len(row["rates"]) for row in tested}) > 1:
         found = {row["label"]: len(row["rates"]) for row in tested}
         say("Unequal numbers of learning rates to choose from, so no verdict.", found)
+    drawn = {}
+    for row in rows:
+        for seed, found in row["_drawn"].items():
+            drawn.setdefault(seed, set()).update(found)
+    odd = sorted(seed for seed, found in drawn.items() if len(found) > 1)
     if odd:
         seeds = ", ".join(map(str, odd))
-        said.append(f"No verdict: the training or dev rows are not the same at seed {seeds}.")
+        said.append(f"The training or dev rows are not the same for all at seed {seeds}.")
     found = {row["label"]: f"{row['rates'][0]:g}" for row in tested if len(row["rates"]) == 1}
     say("Not tuned, one learning rate only.", found)
     found = {}
@@ -271,7 +285,7 @@ def cautions(rows, odd):
         if len(set(map(str, found.values()))) > 1:
             say(f"--{key} differs.", found)
     machines = {}
-    for row in tested:
+    for row in rows:
         for run in row["_chosen"].values():
             where = run["environment"]
             libraries = [f"{key} {where.get(key)}" for key in ("torch", "transformers")]

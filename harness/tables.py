@@ -36,7 +36,19 @@ DETAILS = (  # (heading, beginning of the places, factor)
 
 
 def title(g):
-    return f"{(DATASETS | DEMOS).get(g['dataset'], g['dataset'])} with {g['model']}"
+    name = (DATASETS | DEMOS).get(g["dataset"], g["dataset"])
+    return f"{name} with {g['model']}{g.get('apart', '')}"
+
+
+def tell_apart(groups):
+    """Where groups have one title, add to each what they may differ in."""
+    titles = [title(g) for g in groups]
+    for g, words in zip(groups, titles, strict=True):
+        if titles.count(words) > 1:
+            run = g["_runs"][0]
+            sizes = f"{g['data']['train']:,} rows, {run['settings']['epochs']} epochs"
+            sizes += f", {run['settings']['max_length']} tokens"
+            g["apart"] = f" ({sizes}, base {run['base']['sha256'][:6]})"
 
 
 def score_words(g):
@@ -125,9 +137,9 @@ def verdicts(g):
         seeds, rows = g["power"]["seeds"], g["power"]["rows"]
         found, equal = (min(99, int(100 * g["power"][key])) for key in ("found", "equal"))
         said.append(
-            f"What this study can see ({seeds} seeds, {rows:,} test rows, the spread found): it "
-            f"finds a true difference of {margin(g)} in at least {found} % of cases, and calls "
-            f"a true 0 equal in at least {equal} %."
+            f"What this study can see ({seeds} seeds, {rows:,} test rows, the spread found): on "
+            f"every pair it finds a true difference of {margin(g)} in at least {found} % of cases, "
+            f"and calls a true 0 equal in at least {equal} %."
         )
     return said
 

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 import compare
-from harness import results
+from harness import results, tables
 
 METHODS = ("lora", "qlora", "hira", "sparse_lora")
 PARTS = ("frozen weights", "trained weights", "optimizer", "gradients", "activations")
@@ -82,8 +82,16 @@ def make_result(
         "metrics": metrics,
         "rows": rows,
         "parameters": {"adapter": trainable - 770, "head": 770, "trainable": trainable},
-        "time": {"train_seconds": 60.0, "accelerator_hours": 60 / 3600},
-        "memory": {"train": memory, "train_allocator": None, "inference": dict(memory)},
+        "time": {
+            "train_seconds": 60.0,
+            "epoch_seconds": [19.0, 21.0, 20.0],
+            "accelerator_hours": 60 / 3600,
+        },
+        "memory": {
+            "train": memory,
+            "train_allocator": 333 * 2**20 if "cuda" in device else None,
+            "inference": dict(memory),
+        },
         "flops": {"step": 2e10, "total": 5e12, "inference_row": 5e8},
         "inference": [{"batch": 32, "length": 64, **states}] if timed else [],
         "disk": {"adapter": 300_000, "base": 9e7, "merged": 9e7},
@@ -400,6 +408,34 @@ def test_below_six_shared_seeds_there_is_no_verdict(tmp_path):
     assert group["power"] is None
 
 
+def test_the_power_on_the_page_holds_for_every_pair(tmp_path):
+    made = make_study({"lora": 0, "qlora": 0, "hira": 0}, seeds=8, rows=1000, spread=0.2)
+    made = [r for r in made if r["method"] != "hira"] + make_study({"hira": 0}, 7, 1000, 3)
+    (group,) = judged(tmp_path, *made)
+    each = [compare.power(*pair["_seen"][1:], 1, 0.05 / 3) for pair in group["pairs"]]
+    assert group["power"]["found"] == min(found for found, _ in each) < 0.5
+    assert group["power"]["equal"] == min(equal for _, equal in each)
+    assert max(found for found, _ in each) > 0.9 and group["power"]["seeds"] == 7
+
+
+@pytest.mark.parametrize("rows, verdict", [(50, "undecided"), (1000, "equal")])
+def test_few_rows_that_no_run_moves_are_no_proof(tmp_path, rows, verdict):
+    """One row of 50 is two points: that none moved does not make a point out of the question."""
+    (group,) = judged(tmp_path, *make_study({"lora": 0, "hira": 0}, rows=rows, spread=0))
+    (pair,) = group["pairs"]
+    assert pair["mean"] == 0 and pair["verdict"] == verdict
+    assert pair["intervals"]["rows"][1] == pytest.approx(stats.t.ppf(0.975, rows - 1) * 100 / rows)
+
+
+def test_a_diverged_language_model_is_no_traceback(tmp_path):
+    made = make_study({"lora": 0}, seeds=2, lm=True)
+    made += (
+        make_study({"hira": -30_000}, seeds=1, lm=True) + make_study({"hira": 0}, 2, lm=True)[3:]
+    )
+    write(tmp_path, *made)
+    compare.main([str(tmp_path), "--no_plots"])
+
+
 def test_a_single_seed_and_no_shared_seed_are_no_error(tmp_path):
     made = [make_result("lora", 0), make_result("hira", 1), make_result("qlora", 1)]
     (group,) = judged(tmp_path, *made)
@@ -456,6 +492,29 @@ def test_an_untrained_row_joins_every_group_of_its_data_and_base(tmp_path):
     ] * 2
     (alone,) = judged(tmp_path, base)
     assert [row["label"] for row in alone["rows"]] == ["Untrained base"]
+
+
+def test_an_untrained_row_may_differ_in_what_only_training_heeds(tmp_path):
+    """As from `python common.py` on a language model with and without --epochs 0."""
+    same = {"name": "head_only-untrained", "untrained": True}
+    made = [make_result("head_only", 0, settings={"epochs": n}, **same) for n in (0, 3)]
+    write(tmp_path, make_result("lora", 0), *made, name="all.jsonl")
+    runs, skipped = results.load([tmp_path])
+    (group,) = [compare.analyse(found, None) for found in compare.group_runs(runs)]
+    assert [row["label"] for row in group["rows"]] == ["LoRA", "Untrained base"]
+    assert len(skipped) == 1 and "the same run" in skipped[0]
+
+
+def test_groups_of_one_data_set_and_base_have_titles_of_their_own(tmp_path):
+    made = make_study({"lora": 0}, seeds=2) + make_study({"lora": 0}, 2, settings={"epochs": 9})
+    groups = judged(tmp_path, *made)
+    tables.tell_apart(groups)
+    titles = {tables.title(group) for group in groups}
+    assert len(titles) == 2 and any("9 epochs" in words for words in titles)
+    tables.tell_apart(groups[:1])
+    (alone,) = judged(tmp_path / "alone", *made[:3])
+    tables.tell_apart([alone])
+    assert tables.title(alone) == "SST-2 with MiniLM"
 
 
 def test_one_name_of_two_methods_is_two_rows(tmp_path):
@@ -529,7 +588,16 @@ def test_other_rows_at_a_seed_are_a_caution_and_no_verdict(tmp_path):
     made = make_study({"lora": 0, "hira": 9})
     made[0]["data"]["dev_sha256"] = "changed"
     (group,) = judged(tmp_path, *made)
-    assert said(group, "not the same at seed 0") and group["pairs"][0]["verdict"] == "none"
+    assert said(group, "not the same for all at seed 0")
+    assert group["pairs"][0]["verdict"] == "none" and group["power"] is None
+
+
+def test_other_rows_of_a_variant_leave_the_verdict_on_the_others(tmp_path):
+    made = make_study({"lora": 0, "hira": 9, "lora-rank32": 0})
+    made[-1]["data"]["dev_sha256"] = "changed"
+    (group,) = judged(tmp_path, *made)
+    assert said(group, "not the same for all at seed 5")
+    assert group["pairs"][0]["verdict"] == "better"
 
 
 def test_one_rate_only_is_a_caution(tmp_path):
@@ -641,6 +709,13 @@ def test_a_price_is_positive(price, tmp_path, capsys):
     assert f"--price {price}: give a positive number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device, timed", [("cpu x86_64", True), ("cuda H100", False)])
+def test_a_price_that_no_run_can_have_is_said(device, timed, tmp_path, capsys):
+    write(tmp_path, make_result(device=device, timed=timed))
+    compare.main([str(tmp_path), "--price", "2", "--no_plots"])
+    assert "--price: no run here was timed on a GPU" in capsys.readouterr().err
+
+
 def test_json_has_every_number_and_writes_nothing(tmp_path, capsys):
     write(tmp_path, *make_study({"lora": 0, "hira": 9}, seeds=2))
     compare.main([str(tmp_path), "--json"])
@@ -659,17 +734,20 @@ def test_torch_is_not_loaded():
 
 
 def test_costs_of_two_devices_are_not_averaged():
-    def run(device, peak, accuracy):
+    def run(seed, device, peak, accuracy):
         costs = {"metrics": {"test": accuracy}, "memory": {"train": peak}, "inference": {}}
-        return costs | {"environment": {"device": device}}
+        return costs | {"seed": seed, "environment": {"device": device}}
 
-    runs = [run("cuda", 300, 0.8), run("cpu", 100, 0.9), run("cuda", 320, 0.7)]
+    runs = [run(0, "cuda", 300, 0.8), run(1, "cpu", 100, 0.9), run(2, "cuda", 320, 0.7)]
     assert results.most_common_device(runs) == "cuda"
     wanted = {"metrics.test": 0.8, "memory.train": 310}
     assert results.mean_numbers(runs, runs, "cuda") == pytest.approx(wanted)
-    wanted = {"metrics.test": 0.9, "memory.train": 310}  # chosen was the one on the rarer device
-    assert results.mean_numbers(runs[1:2], runs, "cuda") == pytest.approx(wanted)
-    assert results.mean_numbers(runs[1:2], runs[1:2], "cuda") == {"metrics.test": 0.9}
+    assert results.mean_numbers(runs[1:2], runs, "cuda") == {"metrics.test": 0.9}
+    another_rate = run(1, "cuda", 340, 0.6)  # seed 1's chosen run was on the rarer device
+    wanted = {"metrics.test": 0.8, "memory.train": 320}
+    assert results.mean_numbers(runs, [*runs, another_rate], "cuda") == pytest.approx(wanted)
+    runs[1]["environment"]["device"], runs[1]["memory"] = "cuda", {}  # or was not measured
+    assert results.mean_numbers(runs, [*runs, another_rate], "cuda") == pytest.approx(wanted)
     assert results.label("hybrid", "hybrid-contextual-rank4") == "Sparse QLoRA rank4"
     assert results.label("hybrid", "hybrid-rank4") == "QHiRA rank4"
 

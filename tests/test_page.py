@@ -76,6 +76,8 @@ def test_times_are_shown_of_timed_runs_and_hours_and_cost_of_gpus_alone(tmp_path
             text = page_of(folder, folder, "--price", "2")
             assert ("training s" in text) == timed == ("inference rows/s" in text)
             assert ("accelerator hours" in text) == (gpu and timed) == (" cost |" in text)
+            assert ("| 60 | 20 |" in text) == timed == ("| epoch seconds |" in text)
+            assert ("| allocator |" in text) == gpu == ("| 200 | 333 |" in text)
 
 
 def test_an_untrained_row_has_a_score_alone(tmp_path):
