@@ -358,7 +358,7 @@ def train(base, data, run, method):
             if step < total and (stop or run.save_every and step % run.save_every == 0):
                 history.laps += clock.read()
                 save_checkpoint(run, base, data, optimizer, history)
-            if stop:
+            if stop and step < total:
                 bar.close()
                 fail(f"stopped at step {step} of {total}; run it again to go on", 128 + stop[0])
         history.laps += clock.read()

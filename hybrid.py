@@ -17,11 +17,11 @@ import argparse
 import hira
 from common import evaluate, load_base, load_data, measure, train
 from harness.export import export
-from harness.flags import adapter_args, parse_args, positive, runs, share
+from harness.flags import adapter_args, parse_args, positive, refuse_idle, runs, share
 from harness.store import load_adapter, save_result
 from plan import plan
 from qlora import nf4_args, quantise_blocks
-from sparse_lora import add_contextual, add_loras, contextual_args
+from sparse_lora import CONTEXTUAL, add_contextual, add_loras, contextual_args
 
 RATES = {"hira": [2e-2], "contextual": [2e-3]}  # their own scripts' defaults
 
@@ -30,7 +30,7 @@ class Update(argparse.Action):
     """--update, which also sets the default of --lr."""
 
     def __call__(self, parser, args, value, option=None):
-        if args.lr == parser.get_default("lr"):
+        if args.lr is parser.get_default("lr"):  # an equal one on the command line is another list
             args.lr = RATES[value]
         args.update = value
 
@@ -53,6 +53,8 @@ def add_args(parser):
 
 def adapt(base, run):
     """Adapt every target layer of base.model, in place; returns what the experiment must know."""
+    if run.update == "hira":
+        refuse_idle(run, CONTEXTUAL | {"alpha"}, "--update hira")
     stored = quantise_blocks(base, run)
     if run.update == "hira":
         method = hira.adapt(base, run)

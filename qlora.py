@@ -254,7 +254,7 @@ class QLoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__()
-        out_features, in_features = base.shape
+        out_features, in_features = weight_of(base).shape
         self.base = base
         self.A = nn.Parameter(torch.empty(rank, in_features))
         self.B = nn.Parameter(torch.zeros(out_features, rank))
@@ -265,9 +265,13 @@ class QLoRALinear(nn.Module):
     def forward(self, x):
         return self.base(x) + lora_update(self.dropout(x), self.A, self.B, self.scale)
 
+    @property
+    def weight(self):  # some models look at a layer's weight, T5 for its dtype
+        return self.base.weight
+
     def merged_weight(self):
         """Dequantised W + (α/r)·B·A in fp32, (out, in): what training saw."""
-        return self.base.weight + self.scale * self.B @ self.A
+        return weight_of(self.base).float() + self.scale * self.B @ self.A
 
 
 # ------------------------------------------------------------------------------------- the method

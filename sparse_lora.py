@@ -33,7 +33,16 @@ from torch import nn
 
 from common import evaluate, load_base, load_data, measure, replace, train
 from harness.export import export
-from harness.flags import adapter_args, natural, non_negative, parse_args, positive, runs, share
+from harness.flags import (
+    adapter_args,
+    natural,
+    non_negative,
+    parse_args,
+    positive,
+    refuse_idle,
+    runs,
+    share,
+)
 from harness.models import block_linears, find_targets, is_linear, weight_of
 from harness.process import fail
 from harness.store import load_adapter, save_result
@@ -48,6 +57,8 @@ FFN = (  # the layers into and out of a block's wide middle; a gated one has two
     ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),  # gated T5
     ("dense_h_to_4h", "dense_4h_to_h"),  # Falcon, BLOOM
 )
+PRUNING = {"sparsity", "structure", "penalty"}  # flags of one mode, idle in the other
+CONTEXTUAL = {"channel_sparsity", "dense_layers", "dense_tokens", "estimator"}
 
 
 def add_args(parser):
@@ -403,12 +414,7 @@ def add_pruning(base, run, names, peft):
 
 def adapt(base, run):
     """Adapt every target layer of base.model, in place; returns what the experiment must know."""
-    others = {"structure": "none", "penalty": 0.0}  # what the other mode would take no notice of
-    if run.mode == "prune":
-        others = {"dense_layers": None, "dense_tokens": "scored", "estimator": "sample"}
-    for flag, default in others.items():
-        if getattr(run, flag) != default:
-            fail(f"--{flag} {getattr(run, flag)}: not with --mode {run.mode}")
+    refuse_idle(run, CONTEXTUAL if run.mode == "prune" else PRUNING, f"--mode {run.mode}")
     names, method = add_loras(base, run)
     if run.mode == "contextual":
         return method | add_contextual(base, run)

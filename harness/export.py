@@ -38,12 +38,16 @@ def export(run, base):
     tokenizer, config = copy.deepcopy(load_tokenizer(run.model))
     config.id2label, config.label2id = model.config.id2label, model.config.label2id
     config.pad_token_id = model.config.pad_token_id
+    own_head = model.get_output_embeddings() in adapters(model).values()
+    if own_head:  # the embedding that it was tied to is not adapted
+        config.tie_word_embeddings = False
     dtype = config.dtype or torch.float32
     with torch.device("meta"):
         whole = type(model)(config)
     state = merged_state(model, whole)
     wanted = whole.state_dict()
-    state = {name: state[name].detach().to("cpu", dtype).contiguous() for name in wanted}
+    # Copied, as of tensors that share their memory one name alone would be saved.
+    state = {n: state[n].detach().to("cpu", dtype, copy=own_head).contiguous() for n in wanted}
     whole.load_state_dict(state, assign=True)
     whole.tie_weights()
     whole.config.dtype = dtype
@@ -58,5 +62,5 @@ def export(run, base):
         fail(f"--export {run.export}: cannot write it ({first_line(error)})", status=1)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    size = sum(tensor.nbytes for tensor in wanted.values()) / 2**20
+    size = sum(tensor.nbytes for tensor in whole.parameters()) / 2**20
     say(f"wrote the merged model to {run.export} ({size:,.1f} MiB, {str(dtype)[6:]})")

@@ -9,14 +9,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from harness.process import fail, find_device, first_line
+from harness.process import fail, find_device, first_line, one_line_on_interrupt
 from harness.rows import DEMOS, HUB, LENGTHS
 from harness.store import finished
 
 # What decides neither a run's outcome nor its costs, and what its file name says already.
 NOT_SETTINGS = {
     *("seeds", "seed", "search", "lr", "method", "name", "out", "force", "device", "data_dir"),
-    *("eval_only", "save_every", "no_timing", "command", "export", "plan"),
+    *("eval_only", "save_every", "no_timing", "command", "export", "plan", "changed"),
 }
 
 
@@ -120,8 +120,9 @@ def shared_args(parser):
 def parse_args(doc, file, add_args, argv=None):
     """Read the command line of the script `file`; `doc` is its docstring, `add_args` adds its own.
 
-    Returns a Namespace with `method` (the script's stem), `device` and `precision` resolved. Wrong
-    input ends the program with one line and status 2. Under torchrun it joins the process group.
+    Returns a Namespace with `method` (the script's stem), `changed` (names of the script's own flags
+    that are not at their default), `device` and `precision` resolved. Wrong input ends the program
+    with one line and status 2. Under torchrun it joins the process group.
     """
     parser = Parser(
         prog=Path(file).name,
@@ -138,6 +139,8 @@ def parse_args(doc, file, add_args, argv=None):
         if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
             action.help += f" (default: {as_word(action.default)})"
 
+    if argv is None:
+        one_line_on_interrupt()
     words = sys.argv[1:] if argv is None else [str(word) for word in argv]
     try:
         args = parser.parse_args(words)
@@ -148,6 +151,7 @@ def parse_args(doc, file, add_args, argv=None):
         names = [name for word in args.targets for name in word.split(",") if name]
         args.targets = names or fail("--targets names no layer")
     own = [action for action in parser._actions if action.dest not in shared | {"method"}]
+    args.changed = {a.dest for a in own if getattr(args, a.dest) != a.default}
     args.name = args.name or default_name(args, own)
     if not re.fullmatch(r"[\w.-]+", args.name):
         fail(f"--name {args.name!r}: use letters, digits, '.', '_' and '-' only")
@@ -189,6 +193,12 @@ def as_word(value):
     if isinstance(value, list):
         return "-".join(as_word(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def refuse_idle(run, flags, where):
+    """End the program where one of these flags, which do nothing here, is not at its default."""
+    for flag in sorted(run.changed & flags):
+        fail(f"--{flag} {getattr(run, flag)}: not with {where}")
 
 
 def default_name(args, own):
@@ -233,6 +243,11 @@ def runs(args):
     for seed in dict.fromkeys(args.seeds):  # a seed's rates in a row: they share their data
         for lr in args.lr[:1] if once else dict.fromkeys(args.lr):
             path = args.out / f"{stem}-lr{lr:g}-seed{seed}.json"
+            if len(os.fsencode(path.name)) > 240:
+                fail(f"{path.name[:40]} …: too long for a file's name; give a short --name")
             own = {"seed": seed, "lr": lr, "settings": kept, "path": path}
             todo.append(argparse.Namespace(**{**vars(args), **own}))
+    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)) and not args.eval_only:
+        fail(f"--out {args.out}: no folder that can be written; name another")
     yield from [run for run in todo if args.eval_only or not finished(run)]

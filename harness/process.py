@@ -76,6 +76,12 @@ def agree(value):
     return values[0]
 
 
+def one_line_on_interrupt():
+    """Have Ctrl-C end the program with one line, where no training catches it."""
+    if world() == 1:
+        signal.signal(signal.SIGINT, lambda number, frame: fail("stopped", 128 + number))
+
+
 @contextlib.contextmanager
 def stop_signals():
     """Collect Ctrl-C and SIGTERM in a list, so that training stops after a whole step.

@@ -254,7 +254,7 @@ class Table:
                     self.refuse(f"has {value!r} for a text; wanted: words", row)
         if "label" in kinds:
             columns["label"] = self.label_names(columns["label"])
-        if self.quoted:
+        if self.quoted and "label" in kinds:
             self.refuse_swallowed_rows(columns)
         return columns
 
@@ -318,6 +318,9 @@ def read_tables(dataset, data_dir, where):
                 fail(f"{where}: {' and '.join(names)} would both be the {split} split; keep one")
             part = {"data_files": {split: list(files)}, "split": split}
             data = datasets.load_dataset(str(folder), **part, **options)
+            if found.name == "csv" and "__index_level_0__" in data.column_names:
+                more = "a row has more cells than the first line has names"
+                fail(f"{where}: {names[0]}: {more}; put texts with a separator in them in quotes")
             tables[str(split)] = Table(where, str(split), data, found.name == "csv" and not tsv)
         return tables
     except Exception as error:

@@ -23,9 +23,9 @@ LIBRARIES = ("torch", "transformers", "datasets", "bitsandbytes")
 @contextlib.contextmanager
 def replacing(path, what):
     """Yield a path beside `path` that takes its name at the end, and goes if anything fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # the libraries have their own words for a full disk
@@ -40,7 +40,8 @@ def finished(run):
     done = False
     if rank() == 0 and run.path.exists() and not run.force:
         try:
-            old = dict(json.loads(run.path.read_text())["flags"])
+            there = json.loads(run.path.read_text())
+            old = dict(there["flags"])
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"{run.path} is not a complete result file; --force replaces it")
         differ = [
@@ -56,7 +57,8 @@ def finished(run):
         if run.export:
             add = f"add --eval_only {run.path.with_suffix('')} to export it"
             fail(f"{run.path} is there already; {add}, or --force to run it again")
-        print(f"{run.path} is there already; --force runs it again")
+        lacks = "" if "time" in there else ", but its costs were not measured"
+        print(f"{run.path} is there already{lacks}; --force runs it again")
         done = True
     return agree(done)
 

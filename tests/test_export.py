@@ -1,9 +1,11 @@
 """An exported model is an ordinary checkpoint: the library loads it, and it gives our logits."""
 
+import re
+
 import pytest
 import torch
 import transformers
-from conftest import EVERY, ended, ready, rows_flags, text_flags
+from conftest import EVERY, ended, ready, rows_flags, text_flags, trained
 
 import common
 import lora
@@ -60,6 +62,46 @@ def test_the_library_loads_it_and_gives_our_logits(
         for key, tensor in start.items():  # the control: training moved the logits
             base.model.get_parameter(key).copy_(tensor)
         assert (common.forward(base, batch) - ours).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "kind, head, layer",
+    [
+        ("llama", "CausalLM", "lm_head"),
+        ("gpt2", "CausalLM", "lm_head"),
+        ("bert", "MaskedLM", "decoder"),
+    ],
+)
+def test_an_adapter_on_a_tied_head_leaves_the_embedding_alone(
+    kind, head, layer, models, text_dir, tmp_path
+):
+    words = [*text_flags(models, text_dir, kind, head), "--targets", layer, "--max_steps", 3]
+    words += ["--lr", 0.05, "--export", tmp_path / "whole"]
+    run, data, base, _, _ = trained(lora, tmp_path, *words)
+    export.export(run, base)
+    loaded = getattr(transformers, f"AutoModelFor{head}").from_pretrained(tmp_path / "whole")
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        theirs, read = loaded.eval()(ids).logits[0], torch.arange(12)
+        ours = common.forward(base, common.Batch(ids, None, read, read, read))
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
+    embedding = loaded.get_input_embeddings().weight
+    assert torch.equal(embedding, base.model.get_input_embeddings().weight)
+    assert not torch.equal(embedding, loaded.get_output_embeddings().weight)
+
+
+def test_the_size_told_is_that_of_the_file(models, reviews, tmp_path, capsys):
+    folder = tmp_path / "bf16"
+    source = models("distilbert")
+    small = transformers.AutoModel.from_pretrained(source, dtype=torch.bfloat16)
+    small.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    words = ["--dataset", reviews, "--model", folder, "--max_length", 24, "--max_steps", 1]
+    words += ["--out", tmp_path, "--export", tmp_path / "whole", "--no_timing"]
+    lora.main([*map(str, words)])
+    size = (tmp_path / "whole" / "model.safetensors").stat().st_size / 2**20
+    told = re.search(r"([\d.]+) MiB, bfloat16", capsys.readouterr().out)[1]
+    assert float(told) == pytest.approx(size, abs=0.06)
 
 
 def test_pipeline_knows_the_label_names(models, tmp_path):

@@ -11,6 +11,7 @@ from conftest import EVERY, ended, rows_flags
 
 import common
 import hira
+import hybrid
 import lora
 import qlora
 import sparse_lora
@@ -150,6 +151,11 @@ WRONG = {  # flags, what the line names
     "search": (["--search", 3, "--lr", 1, 2], "--search 3: around one --lr"),
     "device": (["--device", "tpu"], "--device tpu"),
     "length": (["--max_length", 5000], "--max_length 5000"),
+    "out, a file": (["--out", __file__], f"--out {__file__}: no folder that can be written"),
+    "long name": (
+        ["--targets", *["q_lin"] * 50],
+        "too long for a file's name; give a short --name",
+    ),
     "heldout text": (["--dataset", "demo_lm", "--heldout", 5], "--heldout 5: only for labelled"),
 }
 
@@ -164,9 +170,19 @@ def test_every_wrong_word_is_one_line(what, good, capfd):
 
 
 def test_flags_of_the_other_mode_are_refused(good, capfd):
-    for words in (["--mode", "contextual", "--penalty", 1], ["--estimator", "svd"]):
-        code, error = ended(capfd, sparse_lora, *good, *words)
-        assert code == 2 and "not with --mode" in error
+    pruning = {"sparsity": 0.3, "structure": "rank", "penalty": 1}
+    contextual = {"channel_sparsity": 0.3, "dense_layers": 1, "dense_tokens": "none"}
+    contextual |= {"estimator": "svd"}
+    for module, mode, idle in (
+        (sparse_lora, ["--mode", "contextual"], pruning),
+        (sparse_lora, ["--mode", "prune"], contextual),
+        (hybrid, ["--update", "hira"], contextual | {"alpha": 3}),
+    ):
+        for flag, value in idle.items():
+            code, error = ended(capfd, module, *good, *mode, f"--{flag}", value)
+            assert (
+                code == 2 and f"--{flag} {value}" in error and f"not with {' '.join(mode)}" in error
+            )
 
 
 @pytest.mark.parametrize("name", ["lora", "hira", "qlora", "sparse_lora", "hybrid", "common"])

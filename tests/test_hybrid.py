@@ -83,3 +83,6 @@ def test_the_rate_follows_the_update():
     assert rates("--update", "contextual") == [2e-3]
     assert rates("--lr", "0.5", "--update", "contextual") == [0.5]
     assert rates("--update", "contextual", "--lr", "0.5") == [0.5]
+    assert rates("--lr", "0.02", "--update", "contextual") == [
+        0.02
+    ]  # HiRA's default, but asked for

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ended, oracle, ready, rows_flags, stir
+from conftest import ended, oracle, ready, rows_flags, stir, trained
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.pytorch_utils import Conv1D
@@ -326,3 +326,20 @@ def test_without_bitsandbytes(models, reviews, tmp_path, monkeypatch, capfd):
     words += ["--nf4_backend", "bitsandbytes", "--out", tmp_path]
     code, error = ended(capfd, qlora, *words)
     assert code == 2 and "pip install bitsandbytes" in error
+
+
+@pytest.mark.parametrize(
+    "kind, targets", [("bert", ["query", "key", "value", "dense"]), ("t5", ["q", "wo"])]
+)
+def test_any_linear_layer_can_be_a_target(kind, targets, architecture, reviews, tmp_path):
+    """The pooler stays fp32, as it is in no block; T5 looks at its layer's weight."""
+    words = ["--dataset", reviews, "--model", architecture(kind), "--max_length", 24]
+    words += ["--targets", *targets, "--max_steps", 2, "--nf4_backend", "torch"]
+    run, data, base, _, _ = trained(qlora, tmp_path, *words)
+    layers = library.adapters(base.model).values()
+    layers = [layer for layer in layers if isinstance(layer, qlora.QLoRALinear)]
+    plain = [layer for layer in layers if isinstance(layer.base, nn.Linear)]
+    assert len(plain) == (kind == "bert") and len(layers) > 3
+    for layer in layers:
+        wanted = layer.base.weight + layer.scale * layer.B @ layer.A
+        assert torch.equal(layer.merged_weight(), wanted) and layer.B.any()

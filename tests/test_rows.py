@@ -108,6 +108,16 @@ def test_quotes_and_words_for_nothing_in_a_csv_file(tmp_path):
     assert found["label"] == [0, 1, 1, 0, 1, 0] + LABELS[6:]
 
 
+@pytest.mark.parametrize("kind, mark", [("csv", ","), ("tsv", "\t")])
+def test_a_text_with_a_bare_separator_is_not_cut(kind, mark, tmp_path, capsys):
+    """pandas would take what stands before it for the row's number."""
+    rows = f"text{mark}label\nbad{mark} and long{mark}0\nfine{mark} and short{mark}1\n"
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.{kind}").write_text(rows)
+    error = refused(capsys, read_rows, str(tmp_path), "data")
+    assert f".{kind}: a row has more cells than the first line has names" in error
+
+
 @pytest.mark.parametrize(
     "train, test, order",
     [
@@ -214,6 +224,15 @@ def test_running_text(tmp_path, capsys):
             assert error == f"--data_dir {tmp_path / f'no {split}'}: {message}"
     found = read_rows("wikitext2", str(tmp_path / "no None"))
     assert [getattr(found, name)["text"] for name in texts] == list(texts.values())
+
+
+def test_running_text_may_come_as_csv(tmp_path):
+    folder = tmp_path / "wikitext2"
+    folder.mkdir()
+    for name in ("train", "validation", "test"):
+        (folder / f"{name}.csv").write_text(f'text\n"a film, in {name}"\nthe end\n')
+    found = read_rows("wikitext2", str(tmp_path))
+    assert found.test["text"] == ["a film, in test", "the end"]
 
 
 # ---------------------------------------------------------------------------------------- the cut

@@ -319,6 +319,43 @@ def test_stopped_and_continued_equals_never_stopped(
     assert weights(other) == weights(path) and not list(out.glob("*.checkpoint"))
 
 
+def test_a_signal_in_the_last_step_changes_nothing(models, reviews, tmp_path, monkeypatch):
+    words = [*rows_flags(models, reviews), "--max_steps", 2]
+    whole, _ = result_of(lora, tmp_path / "whole", *words)
+    gradient, calls = common.gradient, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == 3:  # the first is the trial of one row
+            os.kill(os.getpid(), signal.SIGINT)
+        return gradient(*args)
+
+    monkeypatch.setattr(common, "gradient", stopping)
+    again, _ = result_of(lora, tmp_path / "again", *words)
+    assert again["metrics"] == whole["metrics"] and len(calls) > 2
+
+
+@pytest.mark.parametrize("during", ["score", "count_memory"])
+def test_ctrl_c_after_training_is_one_line(during, models, reviews, tmp_path):
+    """As a user types it: while scoring nothing is left, while measuring the scores are."""
+    words = [*rows_flags(models, reviews), "--max_steps", 1, "--no_timing", "--out", tmp_path / "o"]
+    code = f"""
+import os, signal, sys
+import common, lora
+common.{during} = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["lora.py", *{[*map(str, words)]!r}]
+lora.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGINT
+    assert done.stderr.count("\n") == 1 and "stopped" in done.stderr
+    assert len([*(tmp_path / "o").glob("*.json")]) == (during == "count_memory")
+    if during == "count_memory":
+        command = [sys.executable, "lora.py", *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert "is there already, but its costs were not measured" in done.stdout
+
+
 @pytest.mark.parametrize("damage", ["torn", "code", "other settings", "other rows"])
 def test_an_unusable_checkpoint_is_named_and_the_run_starts_afresh(
     damage, models, reviews, tmp_path, monkeypatch, capsys
