@@ -137,9 +137,9 @@ def verdicts(g):
         seeds, rows = g["power"]["seeds"], g["power"]["rows"]
         found, equal = (min(99, int(100 * g["power"][key])) for key in ("found", "equal"))
         said.append(
-            f"What this study can see ({seeds} seeds, {rows:,} test rows, the spread found): on each "
-            f"pair judged it finds a true difference of {margin(g)} in at least {found} % of cases, "
-            f"and calls a true 0 equal in at least {equal} %."
+            f"What this study can see ({seeds} seeds, {rows:,} test rows, the spread found): on "
+            f"each pair judged it finds a true difference of {margin(g)} in at least {found} % of "
+            f"cases, and calls a true 0 equal in at least {equal} %."
         )
     return said
 
