@@ -135,8 +135,8 @@ def make_row(runs, task, device):
     """One method and name of a group, tuned. Runs with other settings under one name are refused.
 
     A seed counts where all the row's rates are there; "incomplete" has the others. "_chosen" is
-    {seed: run}, "_values" (seeds, test rows), "dev" {rate: dev score at each of the seeds}, "costs"
-    those on `device`.
+    {seed: run}, "_drawn" {seed: hashes of its rows}, "_values" {seed: a value a test row}, "dev"
+    {rate: dev score at each of the seeds}; "costs" has memory and times of `device` alone.
     """
     first, by_seed = runs[0], {}
     for run in runs:

@@ -120,9 +120,9 @@ def shared_args(parser):
 def parse_args(doc, file, add_args, argv=None):
     """Read the command line of the script `file`; `doc` is its docstring, `add_args` adds its own.
 
-    Returns a Namespace with `method` (the script's stem), `changed` (own flags that are
-    not at their default), `device` and `precision` resolved. Wrong input ends the program with one
-    line and status 2. Under torchrun it joins the process group.
+    Returns a Namespace with `method` (the script's stem), `changed` (its own flags that are not at
+    their default), `device` and `precision` resolved. Wrong input ends the program with one line
+    and status 2. Under torchrun it joins the process group.
     """
     parser = Parser(
         prog=Path(file).name,
