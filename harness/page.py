@@ -20,10 +20,10 @@ corrected for their number. A score's interval is over seeds alone.
 
 Memory is counted: live tensors at the peak of a step on the largest batch; *allocator* is what
 CUDA's allocator held in the same work. A CPU takes a batch in smaller parts than a GPU. So memory
-and times are of one device, the one of most runs here. Where a seed's tuned run was on another,
-they are of another rate's run; a row that never ran on it has none. Times are of runs that timed
-inference; between runs the machine drifts. A choice at the edge of the rates is named where more
-than a third of the seeds made it.
+and times are of one device, the one of most runs here. Where a seed's tuned run was on another or
+was not measured, they are of another rate's run; a row that never ran on it has none. Times are of
+runs that timed inference; between runs the machine drifts. A choice at the edge of the rates is
+named where more than a third of the seeds made it.
 
 </details>
 """

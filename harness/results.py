@@ -192,10 +192,10 @@ def load(paths, price=None):
         if reason:
             skipped.append(f"{name}: {reason}")
             print(f"compare.py: skipped {file.parent / name}: {reason}", file=sys.stderr)
-    if price and not any(run["inference"] and "cost" in run["time"] for run in runs.values()):
-        print("compare.py: --price: no run here was timed on a GPU", file=sys.stderr)
     if not runs:
         fail(f"no usable result in {', '.join(map(str, paths))}; `python lora.py` makes one")
+    if price and not any(run["inference"] and "cost" in run["time"] for run in runs.values()):
+        print("compare.py: --price: no run here was timed on a GPU", file=sys.stderr)
     return list(runs.values()), skipped
 
 
