@@ -207,7 +207,7 @@ def speed(g, path):
         seconds.set_xlabel("training, s")
         ratio.axvline(1, color=INK, lw=1)
         ratio.tick_params(axis="y", length=0)
-        ratio.set_xlabel("time of inference with the adapter, base = 1")
+        ratio.set_xlabel("inference with the adapter, base = 1")
     return f"Training and inference time, {tables.title(g)}"
 
 
