@@ -61,11 +61,7 @@ untrained() {
   runs 1 common.py $wiki
   runs 1 qlora.py $wiki --epochs 0
 }
-imdb() {  # to come: the sixth seed of Sparse LoRA and HiRA
-  for method in lora.py qlora.py; do runs 6 $method $imdb --lr 3e-3 --search 3; done
-  runs 5 sparse_lora.py $imdb --lr 3e-3 --search 3
-  runs 5 hira.py $imdb --lr 3e-2 --search 3
-}
+imdb() { four 6 3 3e-3 $imdb; }
 imdb_contextual() { runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3; }
 smollm2() {
   four 6 3 1e-3 $smol
