@@ -61,8 +61,10 @@ untrained() {
   runs 1 common.py $wiki
   runs 1 qlora.py $wiki --epochs 0
 }
-imdb() { four 6 3 3e-3 $imdb; }
-imdb_contextual() { runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3; }
+imdb() {
+  four 6 3 3e-3 $imdb
+  runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3
+}
 smollm2() {
   four 6 3 1e-3 $smol
   runs 1 common.py $smol
