@@ -170,13 +170,12 @@ def order(lengths, size, *seed):
     return [groups[i] for i in sorted(batches, key=lambda i: i != largest)]
 
 
-def micro_batches(rows, lengths, run):
-    """Cut the rows (n,) of a batch into what goes through the model at once: --batch_size rows.
+def micro_batches(rows, lengths, size, run):
+    """Cut the rows (n,) of a batch into what goes through the model at once: `size` rows.
 
     On a CPU about 1,024 tokens: what a layer writes is still in the cache when the next one reads
-    it, 1.18 times as fast on IMDB as the whole batch at once. `lengths` is of all the split's rows.
+    it (docs/speed.md, "whole batches at once"). `lengths` is of all the split's rows.
     """
-    size = run.batch_size
     if "cpu" in run.device and len(rows):
         size = max(1, min(size, 1024 // int(lengths[rows].max())))
     return [part for part in rows.split(size) if len(part)]
@@ -272,9 +271,8 @@ def place(base, run):
     gc.collect()  # the model of the run before, whose hooks point back at it
     with explain_out_of_memory(run):
         for tensor in base.model.parameters():
-            whole = run.precision == "fp32" or tensor.requires_grad
-            if whole or tensor.ndim > 1:
-                tensor.data = tensor.float() if whole else tensor.bfloat16()
+            whole = run.precision == "fp32" or tensor.requires_grad or tensor.ndim < 2
+            tensor.data = tensor.float() if whole else tensor.bfloat16()
         base.model.to(run.device)
 
 
@@ -355,13 +353,13 @@ def train(base, data, run, method):
             bar.update()
             if step == total or step % max(1, total // 50) == 0:
                 log_losses(history, bar)
-            if step < total and (stop or run.save_every and step % run.save_every == 0):
+            if stop or step == total or run.save_every and step % run.save_every == 0:
                 history.laps += clock.read()
-                save_checkpoint(run, base, data, optimizer, history)
-            if stop and step < total:
+                save_checkpoint(run, base, data, optimizer, history)  # scoring may be stopped, too
+            if stop:
                 bar.close()
                 fail(f"stopped at step {step} of {total}; run it again to go on", 128 + stop[0])
-        history.laps += clock.read()
+    method.get("finish", lambda: None)()
     return history
 
 
@@ -393,7 +391,8 @@ def gradient(base, data, run, rows, targets, trained):
     """
     scored = targets.counts[rows].sum().clamp(min=1).item()
     loss = torch.zeros((), device=run.device)
-    for part in micro_batches(rows[rank() :: world()], data.train.lengths, run):
+    lengths, size = data.train.lengths, run.batch_size
+    for part in micro_batches(rows[rank() :: world()], lengths, size, run):
         batch = collate(data, data.train, part, targets).to(run.device)
         with autocast(run):  # nothing holds on to the logits: a large vocabulary's are most of it
             part_loss = F.cross_entropy(forward(base, batch), batch.target, reduction="sum")
@@ -461,8 +460,9 @@ def evaluate(base, data, run):
 
 def scoring_parts(lengths, run):
     """What goes through the model at once while scoring: rows of like length together."""
-    batches = lengths.argsort(stable=True).split(run.eval_batch_size)
-    return [part for batch in batches for part in micro_batches(batch, lengths, run)]
+    size = run.eval_batch_size
+    batches = lengths.argsort(stable=True).split(size)
+    return [part for batch in batches for part in micro_batches(batch, lengths, size, run)]
 
 
 @torch.inference_mode()
@@ -548,7 +548,8 @@ def steps_of(data, run, steps):
             return every[:steps]
         for rows in order(lengths, global_batch(run), run.seed, epoch):
             shares = [rows[number :: world()] for number in range(world())]
-            every.append([part for share in shares for part in micro_batches(share, lengths, run)])
+            parts = [micro_batches(share, lengths, run.batch_size, run) for share in shares]
+            every.append(sum(parts, []))
 
 
 def count_memory(base, data, run, method):
@@ -586,7 +587,8 @@ def count_memory(base, data, run, method):
         known["optimizer"] = []
         del optimizer, states  # or its state would count in inference
     model.eval()
-    rows = scoring_parts(data.test.lengths, run)[-1]
+    lengths = data.test.lengths
+    rows = max(scoring_parts(lengths, run), key=lambda rows: len(rows) * lengths[rows].max())
     batch = collate(data, data.test, rows, predicted_tokens(data, data.test, "test")).to(run.device)
     with torch.no_grad(), autocast(run):
         peak_of("inference", lambda: forward(base, batch))

@@ -8,7 +8,8 @@ Paper: Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptati
 
 Why the update is not low rank: with W0 = Σᵢ σᵢ·uᵢ·vᵢᵀ (r0 terms) and B·A = Σⱼ bⱼ·aⱼᵀ, W0 ⊙ B·A is
 the sum of r0·r rank-one terms σᵢ·(uᵢ⊙bⱼ)(vᵢ⊙aⱼ)ᵀ: from as many numbers as LoRA's an update of rank
-up to r0·r. The price is a gradient as large as W0 in each backward pass, a third large product.
+up to r0·r. The price is a gradient as large as W0 in each backward pass: three large products where
+LoRA has two. In bf16, or with --dropout, the update is a branch of its own: five.
 
 Departures from the paper: its A and B are named the other way round; the learning rate is 2e-2, not
 1e-3 (a step is multiplied by |W0|, a few hundredths); --dropout is PEFT's, the authors have none.
@@ -110,12 +111,14 @@ def adapt(base, run):
     peft = {"peft_type": "HIRA", "target_modules": targets, "r": run.rank}
     peft |= {"hira_dropout": run.dropout}
 
+    @torch.no_grad()
     def info():
-        layers = {name: base.model.get_submodule(name) for name in names}
-        updates = {
-            name: weight_of(layer.base) * (layer.B @ layer.A) for name, layer in layers.items()
-        }
-        return {"rank_of_update": {n: int(torch.linalg.matrix_rank(u)) for n, u in updates.items()}}
+        ranks = {}
+        for name in names:
+            layer = base.model.get_submodule(name)
+            update = high_rank_weight(weight_of(layer.base).float(), layer.A, layer.B, one=0)
+            ranks[name] = int(torch.linalg.matrix_rank(update))
+        return {"rank_of_update": ranks}
 
     return {"peft": peft, "settings": {"targets": targets}, "info": info}
 

@@ -9,7 +9,8 @@
 No new maths: qlora.py's 4-bit layers take the place of the frozen ones, and hira.py or
 sparse_lora.py adapts them. Neither paper has the other's half. What to expect: HiRA cannot move the
 9 % of a weight's entries that NF4 rounds to zero; and a sliced 4-bit layer is unpacked whole before
-its channels are picked, so contextual sparsity saves the product, not the unpacking.
+its channels are picked, so contextual sparsity saves the product, not the unpacking. The unpacked
+weights of the sliced layers also stay until the backward pass: --plan shows them as activations.
 """
 
 import argparse

@@ -165,8 +165,7 @@ class LoRALinear(nn.Module):
 def prune_step(layers, step, total, lr, run):
     """After an optimizer step: shrink, renew the masks while the schedule climbs, apply them.
 
-    Masked entries stay masked: each mask is drawn among what the last one left. At the last step
-    components that are zero are cut out, if whole components were pruned.
+    Masked entries stay masked: each mask is drawn among what the last one left.
     """
     now = sparsity_at(step, total, run.sparsity)
     climbing = step > 0 and now > sparsity_at(step - 1, total, run.sparsity)
@@ -189,18 +188,12 @@ def prune_step(layers, step, total, lr, run):
             layer.mask_B.copy_(kept.expand_as(layer.B))
             layer.A.mul_(layer.mask_A)
             layer.B.mul_(layer.mask_B)
-    if step == total and run.structure == "rank":
-        for layer in layers:
-            kept = layer.mask_A[:, 0]
-            layer.A = nn.Parameter(layer.A[kept].clone())
-            layer.B = nn.Parameter(layer.B[:, kept].clone())
 
 
 def zeros(tensors):
     """The share of exact zeros in all the tensors together."""
-    return sum((tensor == 0).sum().item() for tensor in tensors) / sum(
-        tensor.numel() for tensor in tensors
-    )
+    counts = [((tensor == 0).sum().item(), tensor.numel()) for tensor in tensors]
+    return sum(zero for zero, _ in counts) / sum(number for _, number in counts)
 
 
 # -------------------------------------------------------------------------------- mode contextual
@@ -398,18 +391,27 @@ def add_pruning(base, run, names, peft):
 
     def after_step(step, total, lr):
         prune_step(layers, step, total, lr, run)
-        if step == total and run.structure == "rank":
-            ranks = {name: len(layer.A) for name, layer in zip(names, layers, strict=True)}
-            alphas = {name: run.alpha * rank / run.rank for name, rank in ranks.items()}
-            peft["rank_pattern"], peft["alpha_pattern"] = ranks, alphas  # keeps the scale α/r
 
+    def ranks():
+        return {name: len(layer.A) for name, layer in zip(names, layers, strict=True)}
+
+    def finish():
+        """Cut the components that are zero out of the adapter, if whole ones were pruned."""
+        if run.structure == "rank":
+            for layer in layers:
+                kept = layer.mask_A[:, 0]
+                layer.A = nn.Parameter(layer.A[kept].detach().clone())
+                layer.B = nn.Parameter(layer.B[:, kept].detach().clone())
+            peft["rank_pattern"] = ranks()
+            peft["alpha_pattern"] = {n: run.alpha * r / run.rank for n, r in ranks().items()}
+
+    @torch.no_grad()
     def info():
         A, B = [layer.A for layer in layers], [layer.B for layer in layers]
-        updates = [b @ a for a, b in zip(A, B, strict=True)]
-        ranks = {name: len(a) for name, a in zip(names, A, strict=True)}
-        return {"sparsity": {"A": zeros(A), "B": zeros(B), "BA": zeros(updates)}, "ranks": ranks}
+        updates = (layer.B @ layer.A for layer in layers)  # one at a time: they are dense
+        return {"sparsity": {"A": zeros(A), "B": zeros(B), "BA": zeros(updates)}, "ranks": ranks()}
 
-    return {"after_step": after_step, "info": info}
+    return {"after_step": after_step, "finish": finish, "info": info}
 
 
 def adapt(base, run):

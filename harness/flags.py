@@ -62,7 +62,8 @@ def adapter_args(parser):
         "--targets",
         nargs="+",
         metavar="NAME",
-        help="linear layers to adapt, by the end of their names (default: query and value)",
+        help="linear layers to adapt, by the end of their names (default: query and value; key too "
+        "where one layer holds all)",
     )
 
 
@@ -86,7 +87,8 @@ def shared_args(parser):
         help="peak learning rates, a run each; compare.py takes the one that is best on dev",
     )
     add("--search", type=count, metavar="N", help="N rates, factors of 2 apart, around --lr")
-    add("--head_lr", type=positive, default=1e-3, help="of the head; keep it equal for all methods")
+    head_lr = "of the head, equal for all methods; where only the head is trained it is --lr"
+    add("--head_lr", type=positive, default=1e-3, help=head_lr)
     add("--epochs", type=natural, default=3, help="passes over the training rows; 0 only scores")
     add("--max_steps", type=count, help="stop after this many steps, whatever --epochs says")
     add("--batch_size", type=count, default=32, help="rows a forward pass, on each device")

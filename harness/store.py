@@ -278,7 +278,7 @@ def save_result(base, data, run, method, history, scores, costs=None):
     """
     if rank() != 0:
         return run.path
-    info = method.get("info", dict)()
+    info = method.get("info", dict)() if costs else {}  # it computes: not before all is safe
     result = {
         "schema": 2,
         "method": run.method,

@@ -124,7 +124,7 @@ def verdicts(g):
     found = []
     for pair in (pair for pair in pairs if pair["verdict"] == "undecided"):
         size = amount(g, f"{pair['mean']:+.2f}")
-        found.append(f"{pair['a']} and {pair['b']} ({size}; {needs(pair)})")
+        found.append(f"{pair['a']} − {pair['b']}: {size} ({needs(pair)})")
     if found:
         said.append(f"**Undecided:** {'; '.join(found)}.")
     for why in dict.fromkeys(pair["why"] for pair in pairs if pair["verdict"] == "none"):

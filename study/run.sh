@@ -62,7 +62,7 @@ untrained() {
   runs 1 qlora.py $wiki --epochs 0
 }
 imdb() {
-  four 6 3 3e-3 $imdb
+  four 6 4 3e-3 $imdb
   runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3
 }
 smollm2() {

@@ -45,7 +45,7 @@ def random_order(lengths, size, *seed):
     return list(torch.randperm(len(lengths), generator=generator_for(*seed)).split(size))
 
 
-def whole_batch(rows, lengths, run):
+def whole_batch(rows, lengths, size, run):
     return [rows]
 
 

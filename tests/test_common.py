@@ -180,13 +180,22 @@ def test_order_depends_on_seed_and_epoch_only():
     ],
 )
 def test_micro_batches(device, longest, sizes):
-    """--batch_size rows, on a CPU no more than 1,024 padded tokens; each row once, in order."""
+    """So many rows, on a CPU no more than 1,024 padded tokens; each row once, in order."""
     rows = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:40]
     lengths = torch.ones(100, dtype=torch.int64)
     lengths[rows[3]] = longest
-    parts = common.micro_batches(rows, lengths, Namespace(device=device, batch_size=16))
+    parts = common.micro_batches(rows, lengths, 16, Namespace(device=device))
     assert torch.equal(torch.cat(parts), rows) and list(map(len, parts)) == sizes
-    assert common.micro_batches(rows[:0], lengths, Namespace(device=device, batch_size=16)) == []
+    assert common.micro_batches(rows[:0], lengths, 16, Namespace(device=device)) == []
+
+
+@pytest.mark.parametrize("size, sizes", [(2, [2] * 5), (8, [8, 2]), (64, [10])])
+def test_scoring_takes_its_own_batch_size(size, sizes):
+    """--eval_batch_size may be above --batch_size; rows of like length go together."""
+    run = Namespace(device="cuda", batch_size=4, eval_batch_size=size)
+    lengths = torch.arange(10, 0, -1)
+    parts = common.scoring_parts(lengths, run)
+    assert list(map(len, parts)) == sizes and torch.cat(parts).tolist() == [*range(9, -1, -1)]
 
 
 # ----------------------------------------------------------------------------------- the gradient
@@ -607,6 +616,21 @@ def test_no_epochs_score_the_adapted_model_before_training(models, reviews, tmp_
 
 
 # -------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_is_ours_whatever_the_checkpoint_is_stored_in(
+    models, reviews, tmp_path, stored, precision
+):
+    words = [*rows_flags(models, reviews), "--precision", precision]
+    run, _, base, _ = ready(lora, tmp_path, *words)
+    for tensor in base.model.parameters():
+        tensor.data = tensor.data.to(stored)
+    common.place(base, run)
+    for name, tensor in base.model.named_parameters():
+        rounded = precision == "bf16" and not tensor.requires_grad and tensor.ndim > 1
+        assert tensor.dtype == (torch.bfloat16 if rounded else torch.float32), name
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -138,6 +138,7 @@ def test_rank_structure_keeps_the_strongest_components_and_the_scale(
         layer.B.data *= 0.2 + i
     full = {path: (layer.A.clone(), layer.B.clone()) for path, layer in layers.items()}
     method["after_step"](1, 1, 0.0)
+    method["finish"]()
     ranks = {path: len(layer.A) for path, layer in layers.items()}
     assert sum(ranks.values()) == expected and min(ranks.values()) >= 1
     assert (len(set(ranks.values())) > 1) == (sparsity in (0.4, 0.5))

@@ -65,7 +65,7 @@ def test_result_file_says_what_ran(name, models, reviews, tmp_path):
         f.stat().st_size for f in path.with_suffix("").iterdir()
     )
     assert None not in (result["settings"].get("targets", 0), result["settings"].get("alpha", 0))
-    assert sum(result["memory"]["train"].values()) > sum(result["memory"]["inference"].values())
+    assert result["memory"]["train"]["optimizer"] > 0 == result["memory"]["inference"]["optimizer"]
     assert result["flops"]["total"] == pytest.approx(6 * result["flops"]["step"])
 
 
@@ -314,6 +314,40 @@ def test_stopped_and_continued_equals_never_stopped(
     monkeypatch.setattr(common, "gradient", gradient)
     again, other = result_of(module, out, *words)
     assert "continuing at step 4" in capfd.readouterr().out
+    for key in ("curve", "metrics", "rows", "parameters", "info"):
+        assert again[key] == whole[key], key
+    assert weights(other) == weights(path) and not list(out.glob("*.checkpoint"))
+
+
+@pytest.mark.parametrize("where", ["gradient", "score"])
+@pytest.mark.parametrize("name, flags", [("full", []), ("prune", ["--structure", "rank"])])
+def test_what_is_trained_outlives_a_stop_before_the_result(
+    name, flags, where, models, reviews, tmp_path, monkeypatch, capfd
+):
+    """Ctrl-C in the last step, or while scoring: going on trains nothing, and ends the same."""
+    module, more = EVERY[name]
+    words = [*rows_flags(models, reviews), *more, *flags, "--max_steps", 3]
+    whole, path = result_of(module, tmp_path / "whole", *words)
+    plain, calls, last = getattr(common, where), [], 4 if where == "gradient" else 1
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == last and where == "gradient":  # the first is the trial of one row
+            os.kill(os.getpid(), signal.SIGINT)
+        elif len(calls) == last:
+            common.fail("stopped", 128 + signal.SIGINT)  # as one_line_on_interrupt has it
+        return plain(*args)
+
+    monkeypatch.setattr(common, where, stopping)
+    out = tmp_path / "stopped"
+    code, error = ended(capfd, module, *words, "--no_timing", "--out", out)
+    assert code == 128 + signal.SIGINT and "stopped" in error
+    assert list(out.glob("*.checkpoint")) and not list(out.glob("*.json"))
+    calls.clear()
+    last = None
+    again, other = result_of(module, out, *words)
+    assert "continuing at step 3" in capfd.readouterr().out
+    assert len(calls) < 4  # with a trial and the memory's steps: none of training's
     for key in ("curve", "metrics", "rows", "parameters", "info"):
         assert again[key] == whole[key], key
     assert weights(other) == weights(path) and not list(out.glob("*.checkpoint"))
