@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY, SIZE, ready, result_of, rows_flags, stir, text_flags
+from conftest import EVERY, SIZE, ready, result_of, rows_flags, stir, text_flags, trained
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,6 +95,18 @@ def test_memory_and_disk_of_a_run(name, models, reviews, tmp_path):
     for work, optimizer in (("train", adam), ("inference", 0)):
         assert [*memory[work].values()][:3] == [stored, adapter + head, optimizer]
     assert memory["inference"]["gradients"] == memory["inference"]["activations"] == 0
+
+
+def test_inference_memory_is_of_the_largest_batch(models, reviews, tmp_path, monkeypatch):
+    """Not of the last one, which holds the longest rows but may be all but empty."""
+    words = [*rows_flags(models, reviews), "--max_steps", 1, "--eval_batch_size", 11]
+    run, data, base, method, _ = trained(lora, tmp_path, *words)
+    lengths = data.test.lengths  # 45 rows: the last part has one
+    collate, taken = common.collate, []
+    monkeypatch.setattr(common, "collate", lambda *a: taken.append(a[2]) or collate(*a))
+    common.count_memory(base, data, run, method)
+    sizes = [len(rows) * int(lengths[rows].max()) for rows in common.scoring_parts(lengths, run)]
+    assert len(taken[-1]) * int(lengths[taken[-1]].max()) == max(sizes) > sizes[-1]
 
 
 # --------------------------------------------------------------------- floating-point operations
