@@ -92,7 +92,8 @@ def shared_args(parser):
     add("--epochs", type=natural, default=3, help="passes over the training rows; 0 only scores")
     add("--max_steps", type=count, help="stop after this many steps, whatever --epochs says")
     add("--batch_size", type=count, default=32, help="rows a forward pass, on each device")
-    add("--eval_batch_size", type=count, default=64, help="rows a forward pass while scoring")
+    scoring = "rows a forward pass while scoring (default: --batch_size)"
+    add("--eval_batch_size", type=count, help=scoring)
     add("--grad_accum", type=count, default=1, help="forward passes per optimizer step")
     add("--weight_decay", type=non_negative, default=0.0, help="AdamW's; 0 as in most adapter work")
     add("--warmup", type=share, default=0.06, help="share of the steps with rising rate; LoRA's")
@@ -171,6 +172,7 @@ def parse_args(doc, file, add_args, argv=None):
         fail(f"--dataset {args.dataset}: neither a folder nor one of {', '.join(known)}")
     args.model = args.model or ("demo" if args.dataset in DEMOS else "distilbert-base-uncased")
     args.max_length = args.max_length or LENGTHS.get(args.dataset, 256)
+    args.eval_batch_size = args.eval_batch_size or args.batch_size
     # A folder given by an absolute path is recorded by its name alone: no machine's paths.
     words = [re.sub(r"(^|[=@])/.*/", r"\1", word) for word in words]
     args.command = " ".join([Path(file).name, *words])

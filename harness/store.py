@@ -46,7 +46,7 @@ def finished(run):
             fail(f"{run.path} is not a complete result file; --force replaces it")
         differ = [
             f"--{key} {old.get(key)} there, {run.settings.get(key)} here"
-            for key in sorted(old.keys() | run.settings)
+            for key in sorted((old.keys() | run.settings) - {"eval_batch_size"})
             if old.get(key) != run.settings.get(key)
         ]
         if differ:

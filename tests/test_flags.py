@@ -105,7 +105,7 @@ def test_other_settings_are_an_error_before_any_training(good, capfd, monkeypatc
     code, error = ended(capfd, lora, *good, "--seeds", 1, 0, "--warmup", 0.5)
     assert code == 2 and "--warmup 0.06 there, 0.5 here" in error
     assert "--name" in error and "--force" in error
-    for harmless in (["--save_every", 2], ["--data_dir", "x"]):
+    for harmless in (["--save_every", 2], ["--data_dir", "x"], ["--eval_batch_size", 3]):
         assert lora.main([*good, *map(str, harmless)]) == []
 
 
