@@ -65,8 +65,9 @@ imdb() {
   four 6 4 3e-3 $imdb
   runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3
 }
-smollm2() {  # the first look, at seed 0, was at half and a quarter of these rates: too low
-  four 6 3 4e-3 $smol
+smollm2() {  # a first look at seed 0, around 1e-3 (HiRA 1e-2), had its best at the upper edge
+  for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $smol --lr 4e-3 --search 3; done
+  runs 6 hira.py $smol --lr 2e-2 --search 3
   runs 1 common.py $smol
   runs 1 qlora.py $smol --epochs 0
 }

@@ -353,25 +353,9 @@ def test_what_is_trained_outlives_a_stop_before_the_result(
     assert weights(other) == weights(path) and not list(out.glob("*.checkpoint"))
 
 
-def test_a_signal_in_the_last_step_changes_nothing(models, reviews, tmp_path, monkeypatch):
-    words = [*rows_flags(models, reviews), "--max_steps", 2]
-    whole, _ = result_of(lora, tmp_path / "whole", *words)
-    gradient, calls = common.gradient, []
-
-    def stopping(*args):
-        calls.append(1)
-        if len(calls) == 3:  # the first is the trial of one row
-            os.kill(os.getpid(), signal.SIGINT)
-        return gradient(*args)
-
-    monkeypatch.setattr(common, "gradient", stopping)
-    again, _ = result_of(lora, tmp_path / "again", *words)
-    assert again["metrics"] == whole["metrics"] and len(calls) > 2
-
-
 @pytest.mark.parametrize("during", ["score", "count_memory"])
 def test_ctrl_c_after_training_is_one_line(during, models, reviews, tmp_path):
-    """As a user types it: while scoring nothing is left, while measuring the scores are."""
+    """As a user types it: while scoring no result is left, while measuring the scores are."""
     words = [*rows_flags(models, reviews), "--max_steps", 1, "--no_timing", "--out", tmp_path / "o"]
     code = f"""
 import os, signal, sys
