@@ -66,8 +66,11 @@ imdb() {
   runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3
 }
 smollm2() {  # a first look at seed 0, around 1e-3 (HiRA 1e-2), had its best at the upper edge
-  for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $smol --lr 4e-3 --search 3; done
-  runs 6 hira.py $smol --lr 2e-2 --search 3
+  local seeds=1  # to come: 6
+  for method in lora.py qlora.py sparse_lora.py; do
+    runs $seeds $method $smol --lr 4e-3 --search 3
+  done
+  runs $seeds hira.py $smol --lr 2e-2 --search 3
   runs 1 common.py $smol
   runs 1 qlora.py $smol --epochs 0
 }
@@ -79,7 +82,7 @@ wiki="--dataset wikitext2 --model models/minilm-mlm --train_samples 1000"
 imdb="--dataset imdb --model $model --train_samples 2000 --test_samples 2000 --head_lr 1e-2"
 imdb+=" --max_length 128 --epochs 2"
 smol="--dataset wikitext2 --model models/smollm2 --train_samples 120 --test_samples 160 --batch_size 8"
-[ $# -gt 0 ] || set -- sst2 full wikitext2 untrained imdb
+[ $# -gt 0 ] || set -- sst2 full wikitext2 untrained imdb smollm2
 for block in "$@"; do "$block"; done | xargs -P "$jobs" -I{} sh -c '{}'
 
 for dataset in sst2 wikitext2 imdb; do
