@@ -391,8 +391,7 @@ def gradient(base, data, run, rows, targets, trained):
     """
     scored = targets.counts[rows].sum().clamp(min=1).item()
     loss = torch.zeros((), device=run.device)
-    lengths, size = data.train.lengths, run.batch_size
-    for part in micro_batches(rows[rank() :: world()], lengths, size, run):
+    for part in micro_batches(rows[rank() :: world()], data.train.lengths, run.batch_size, run):
         batch = collate(data, data.train, part, targets).to(run.device)
         with autocast(run):  # nothing holds on to the logits: a large vocabulary's are most of it
             part_loss = F.cross_entropy(forward(base, batch), batch.target, reduction="sum")
@@ -489,6 +488,7 @@ def score(base, data, split, run, what):
         dist.all_reduce(nll)
         dist.all_reduce(predicted)
     if not nll.isfinite().all():
+        run.path.with_suffix(".checkpoint").unlink(missing_ok=True)  # nothing to go on from
         fail(f"the loss on {what} is not finite; try a smaller --lr or --head_lr", status=1)
     return nll.cpu(), targets.counts, predicted.cpu()
 
@@ -548,8 +548,8 @@ def steps_of(data, run, steps):
             return every[:steps]
         for rows in order(lengths, global_batch(run), run.seed, epoch):
             shares = [rows[number :: world()] for number in range(world())]
-            parts = [micro_batches(share, lengths, run.batch_size, run) for share in shares]
-            every.append(sum(parts, []))
+            cut = (micro_batches(share, lengths, run.batch_size, run) for share in shares)
+            every.append(list(itertools.chain.from_iterable(cut)))
 
 
 def count_memory(base, data, run, method):

@@ -37,9 +37,8 @@ def test_sentences_of_verdicts_have_sizes_and_reasons(study, tmp_path):
     text = page_of(study, tmp_path)
     assert re.search(r"than LoRA by \d\.\d\d points \(95 % interval \d\.\d\d to \d\.\d\d\)", text)
     assert re.search(r"\*\*Undecided:\*\* .*about \d+ seeds would decide", text)
-    assert re.search(
-        r"LoRA − Sparse LoRA: -\d\.\d\d points \(", text
-    )  # planted: the second is ahead
+    # Planted: the second is ahead.
+    assert re.search(r"LoRA − Sparse LoRA: -\d\.\d\d points \(", text)
     assert re.search(r"finds a true difference of 1 point in at least \d+ % of cases", text)
 
 
