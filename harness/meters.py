@@ -111,7 +111,7 @@ def live_bytes(work, trained, device, **known):
 
 
 def fitted_flops(model, work, prices):
-    """Operations of a whole list of passes, of which eight are counted: from short to long.
+    """Operations of a whole list of passes; at most eight, each of another price, are counted.
 
     work(i) runs pass i; torch's counter sees its matrix products, two for a multiply-add. Attention
     is eager: the fused kernels are invisible to it on a CPU. prices (passes, k): what the
@@ -123,8 +123,8 @@ def fitted_flops(model, work, prices):
     if not prices:
         return 0.0
     prices, counts = np.array(prices, dtype=float), []
-    by_size = prices[:, 0].argsort(kind="stable")
-    few = by_size[np.linspace(0, len(prices) - 1, min(8, len(prices))).round().astype(int)]
+    unlike = np.unique(prices, axis=0, return_index=True)[1]  # from short to long
+    few = unlike[np.linspace(0, len(unlike) - 1, min(8, len(unlike))).round().astype(int)]
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

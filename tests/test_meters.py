@@ -184,6 +184,27 @@ def test_fitted_flops_against_counting_all(name, task, models, reviews, text_dir
     assert counts["inference_row"] * data.official == pytest.approx(counter.get_total_flops(), near)
 
 
+def test_passes_of_one_price_are_run_once(models):
+    """Blocks of one length and a shorter last one, as WikiText-2 has them: two passes run of 40."""
+    model = AutoModelForSequenceClassification.from_pretrained(models("distilbert")).eval()
+    lengths, ran = [16] * 39 + [5], []
+
+    def work(i):
+        ran.append(i)
+        model(input_ids=torch.ones(2, lengths[i], dtype=torch.long))
+
+    counts = []
+    for i in (0, 39):
+        model.set_attn_implementation("eager")
+        with FlopCounterMode(display=False) as counter:
+            work(i)
+        counts.append(counter.get_total_flops())
+    ran.clear()
+    prices = [(2 * length, 2 * length**2, 2) for length in lengths]
+    counted = meters.fitted_flops(model, work, prices)
+    assert sorted(ran) == [0, 39] and counted == pytest.approx(39 * counts[0] + counts[1], 1e-9)
+
+
 def test_tied_embeddings_count_once(models, text_dir, tmp_path):
     base = ready(lora, tmp_path, *text_flags(models, text_dir))[2]
     every = [(tensor.data_ptr(), tensor.numel()) for tensor in base.model.state_dict().values()]
