@@ -36,7 +36,10 @@ def replacing(path, what):
 
 
 def finished(run):
-    """Whether `run.path` holds a result of the same settings; others end the program."""
+    """Whether `run.path` holds a result of the same settings; others end the program.
+
+    One without costs and with a checkpoint was stopped while it was measured: it goes on.
+    """
     done = False
     if rank() == 0 and run.path.exists() and not run.force:
         try:
@@ -54,12 +57,12 @@ def finished(run):
                 f"{run.path} holds a run with other settings ({'; '.join(differ)}); --name NAME "
                 "keeps both, --force replaces it"
             )
-        if run.export:
+        done = "time" in there or not run.path.with_suffix(".checkpoint").exists()
+        if done and run.export:
             add = f"add --eval_only {run.path.with_suffix('')} to export it"
             fail(f"{run.path} is there already; {add}, or --force to run it again")
-        lacks = "" if "time" in there else ", but its costs were not measured"
-        print(f"{run.path} is there already{lacks}; --force runs it again")
-        done = True
+        more = "is there already; --force runs it again" if done else "lacks its costs: going on"
+        print(run.path, more)
     return agree(done)
 
 
@@ -311,8 +314,8 @@ def save_result(base, data, run, method, history, scores, costs=None):
         result["disk"] = {"adapter": adapter, **costs["disk"]}
     with replacing(run.path, "result") as path:
         path.write_text(json.dumps(result) + "\n")
-    run.path.with_suffix(".checkpoint").unlink(missing_ok=True)
     if costs:
+        run.path.with_suffix(".checkpoint").unlink(missing_ok=True)
         seconds, size = sum(history.laps), adapter / 2**20
         done = f"trained {history.step:,} steps in {seconds:.1f} s"
         say(f"{done}; wrote {run.path}, and the adapter ({size:.1f} MiB) beside it")

@@ -324,12 +324,12 @@ def test_stopped_and_continued_equals_never_stopped(
     assert weights(other) == weights(path) and not list(out.glob("*.checkpoint"))
 
 
-@pytest.mark.parametrize("where", ["gradient", "score"])
+@pytest.mark.parametrize("where", ["gradient", "score", "count_memory"])
 @pytest.mark.parametrize("name, flags", [("full", []), ("prune", ["--structure", "rank"])])
-def test_what_is_trained_outlives_a_stop_before_the_result(
+def test_what_is_trained_outlives_a_stop(
     name, flags, where, models, reviews, tmp_path, monkeypatch, capfd
 ):
-    """Ctrl-C in the last step, or while scoring: going on trains nothing, and ends the same."""
+    """In the last step, while scoring, while measuring: going on trains nothing, ends the same."""
     module, more = EVERY[name]
     words = [*rows_flags(models, reviews), *more, *flags, "--max_steps", 3]
     whole, path = result_of(module, tmp_path / "whole", *words)
@@ -347,7 +347,8 @@ def test_what_is_trained_outlives_a_stop_before_the_result(
     out = tmp_path / "stopped"
     code, error = ended(capfd, module, *words, "--no_timing", "--out", out)
     assert code == 128 + signal.SIGINT and "stopped" in error
-    assert list(out.glob("*.checkpoint")) and not list(out.glob("*.json"))
+    assert list(out.glob("*.checkpoint"))
+    assert bool(list(out.glob("*.json"))) == (where == "count_memory")  # which has the scores
     monkeypatch.setattr(common, where, plain)
     gradient, steps = common.gradient, []
     monkeypatch.setattr(common, "gradient", lambda *args: steps.append(1) or gradient(*args))
@@ -361,7 +362,7 @@ def test_what_is_trained_outlives_a_stop_before_the_result(
 
 @pytest.mark.parametrize("during", ["score", "count_memory"])
 def test_ctrl_c_after_training_is_one_line(during, models, reviews, tmp_path):
-    """As a user types it: while scoring no result is left, while measuring the scores are."""
+    """As a user types it: no result is left, or scores without costs; the same command goes on."""
     words = [*rows_flags(models, reviews), "--max_steps", 1, "--no_timing", "--out", tmp_path / "o"]
     code = f"""
 import os, signal, sys
@@ -377,7 +378,12 @@ lora.main()
     if during == "count_memory":
         command = [sys.executable, "lora.py", *map(str, words)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert "is there already, but its costs were not measured" in done.stdout
+        assert "lacks its costs: going on" in done.stdout
+        assert "continuing at step 1" in done.stdout
+        [path] = (tmp_path / "o").glob("*.json")
+        assert json.loads(path.read_text())["memory"]["train"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert "is there already" in done.stdout and "trained" not in done.stdout
 
 
 @pytest.mark.parametrize("damage", ["torn", "code", "other settings", "other rows"])
