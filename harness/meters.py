@@ -111,7 +111,7 @@ def live_bytes(work, trained, device, **known):
 
 
 def fitted_flops(model, work, prices):
-    """Operations of a whole list of passes; at most eight, each of another price, are counted.
+    """Operations of a whole list of passes; at most four, each of another price, are counted.
 
     work(i) runs pass i; torch's counter sees its matrix products, two for a multiply-add. Attention
     is eager: the fused kernels are invisible to it on a CPU. prices (passes, k): what the
@@ -124,7 +124,7 @@ def fitted_flops(model, work, prices):
         return 0.0
     prices, counts = np.array(prices, dtype=float), []
     unlike = np.unique(prices, axis=0, return_index=True)[1]  # from short to long
-    few = unlike[np.linspace(0, len(unlike) - 1, min(8, len(unlike))).round().astype(int)]
+    few = unlike[np.linspace(0, len(unlike) - 1, min(4, len(unlike))).round().astype(int)]
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:

@@ -163,7 +163,7 @@ def test_flops_against_closed_formulas(name, layers, models, reviews, tmp_path):
 @pytest.mark.parametrize("task", [0, 1])
 @pytest.mark.parametrize("name", ["full", "lora", "hira", "qlora", "contextual"])
 def test_fitted_flops_against_counting_all(name, task, models, reviews, text_dir, tmp_path):
-    """Eight passes stand for all, to 2 % or better: rows of many lengths, padded, in parts."""
+    """Four passes stand for all, to 2 % or better: rows of many lengths, padded, in parts."""
     module, flags = EVERY[name]
     words = text_flags(models, text_dir) if task else rows_flags(models, reviews)
     words = [*words, *flags, "--batch_size", 5, "--grad_accum", 2, "--eval_batch_size", 3]
