@@ -4,8 +4,8 @@
     python compare.py study/ --json       every number, for a program
 
 A replicate is a seed: of a method's rates the one that is best on that seed's dev rows, scored on
-the test rows. Tested are the pairs of the four methods in their default variant, paired by seed and
-by row. Accuracies are compared in points, perplexities as ratios: in 100·ln(perplexity).
+the test rows. Tested are the pairs of the four methods, in the variant that most of them have, by
+seed and by row: accuracies in points, perplexities as ratios, in 100·ln(perplexity).
 """
 
 import argparse
@@ -21,7 +21,6 @@ from harness import page, plots, results, tables
 from harness.process import fail
 from harness.results import SIGN, in_units, natural
 
-TESTED = ("lora", "qlora", "hira", "sparse_lora")  # where a row's name is the method's
 SEEDS = 6  # a verdict needs as many
 # ------------------------------------------------------------- statistics: arrays in, numbers out
 
@@ -159,7 +158,7 @@ def make_row(runs, task, device):
     return {
         **{key: first[key] for key in ("method", "name", "untrained")},
         "label": results.label(first["method"], first["name"]),
-        "tested": first["name"] == first["method"] in TESTED and not first["untrained"],
+        "tested": first["tested"],
         "settings": first["kept"],
         "rates": rates,
         "seeds": list(chosen),
@@ -211,7 +210,7 @@ def difference(a, b, task, margin):
 
 
 def judge_pairs(rows, task, margin):
-    """Every pair of the four methods in their default variant: difference, Holm's p, verdict.
+    """Every pair of the four methods in the variant tested: difference, Holm's p, verdict.
 
     An undecided pair "needs" (seeds, test rows); a better one has its "lead", mean and interval,
     as positive sizes.
@@ -275,15 +274,17 @@ def analyse(runs, margin):
     for run in runs:
         named.setdefault((run["untrained"], run["method"], run["name"]), []).append(run)
     device = results.most_common_device(runs)
+    results.mark_tested(runs)
     every = sorted((make_row(x, task, device) for x in named.values()), key=results.row_order)
     rows = [row for row in every if row["seeds"]]
     pairs = judge_pairs(rows, task, margin)
     plain = {row["name"]: row for row in rows if row["name"].startswith(row["method"])}
+    lora = next((row for row in rows if row["tested"] and row["method"] == "lora"), None)
     for row in rows:
-        names = [] if row["untrained"] else results.compared_with(row["method"], row["name"])
-        others = {name: plain[name] for name in names if name in plain}
-        found = {name: difference(row, other, task, margin) for name, other in others.items()}
-        row["beside"], row["parents"] = found.pop("lora", None), list(found.values())
+        others = [plain[name] for name in results.compared_with(row) if name in plain]
+        row["parents"] = [difference(row, other, task, margin) for other in others]
+        alone = row["untrained"] or lora is None or lora is row
+        row["beside"] = None if alone else difference(row, lora, task, margin)
     group = {"task": task, "margin": margin, "rows": rows, "pairs": pairs, "_runs": runs}
     group |= {"power": study_power(pairs, task, margin), "cautions": results.cautions(every)}
     return group | {key: runs[0][key] for key in ("dataset", "model", "data")}
@@ -322,8 +323,7 @@ def main(argv=None):
     pictures = [[] for g in groups] if args.no_plots else plots.draw(groups, out)
     page.write(out, groups, skipped, pictures)
     page.fill(args.fill, groups)
-    print(page.terminal(groups))
-    print(f"\nThe whole page: {out / 'README.md'}")
+    print(f"{page.terminal(groups)}\n\nThe whole page: {out / 'README.md'}")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def shared_args(parser):
     add("--eval_only", type=Path, metavar="FOLDER", help="score a saved adapter, train nothing")
     add("--export", type=Path, metavar="FOLDER", help="write the merged model as a checkpoint")
     add("--plan", action="store_true", help="print memory and operations of a step; load nothing")
-    add("--no_timing", action="store_true", help="time no inference: for runs beside other work")
+    add("--no_timing", action="store_true", help="time no inference, score no merged model")
     add("--save_every", type=count, metavar="STEPS", help="write a checkpoint this often")
 
 
@@ -180,7 +180,7 @@ def parse_args(doc, file, add_args, argv=None):
     if args.export:
         if args.export.is_file() or args.export.is_dir() and any(args.export.iterdir()):
             fail(f"--export {args.export}: it is not an empty folder; name a new one")
-        if len(args.seeds) * len(args.lr) > 1 and not args.eval_only:
+        if len(args.seeds) > 1 or len(args.lr) > 1 and not args.eval_only:
             fail(f"--export {args.export}: of one run; give one of --seeds and one --lr")
     args.device = find_device(args.device)
     if args.precision == "auto":

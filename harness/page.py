@@ -14,9 +14,11 @@ score counts. A difference is the mean over the seeds that both methods have. It
 holds two noises: training again (seeds) and other test rows. *Better*: p < 0.05, after Holm's
 correction for all pairs; p is the larger of the paired t-test over seeds and of the test of both
 noises. *Equal within the margin*: the 90 % intervals lie inside it. *Undecided*: neither. What
-would decide supposes that difference and spread stay as seen. Verdicts are on the four methods in
-their default variant; other rows have an interval beside LoRA and beside their own method, not
-corrected for their number. A score's interval is over seeds alone.
+would decide supposes that difference and spread stay as seen. A difference of nothing is called
+better in at most 5 % of studies, one of exactly the margin equal in at most 5 % of pairs. Verdicts
+are on the four methods in the variant that most of them have, the default one before others; other
+rows have an interval beside LoRA and beside their own method, not corrected for their number. A
+score's interval is over seeds alone.
 
 Memory is counted: live tensors at the peak of a step on the largest batch; *allocator* is what
 CUDA's allocator held in the same work. A CPU takes a batch in smaller parts than a GPU. So memory

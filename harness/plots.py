@@ -99,8 +99,8 @@ def rates(g, path):
         return None
     means = {row["label"]: [sum(x) / len(x) for x in row["dev"].values()] for row in rows}
     most = max(max(mean) - min(mean) for mean in means.values())
-    unit = "points" if g["task"] == "classification" else "of perplexity"
-    title = f"The choice of the learning rate moves the dev score by up to {most:.1f} {unit}"
+    unit = "points" if g["task"] == "classification" else "in perplexity"
+    title = f"The choice of the learning rate moves the dev score by up to {most:,.1f} {unit}"
     note = "Line: mean over seeds; band: from the worst seed to the best."
     lines = 1 if len(methods) <= 4 else 2
     with canvas(path, title, g, note, 1.2 + 2.1 * lines) as figure:
@@ -118,6 +118,8 @@ def rates(g, path):
                     )
             ends = [end(rate for row in own for rate in row["rates"]) for end in (min, max)]
             axes.set_xscale("log")
+            if g["task"] != "classification" and most > 1000:  # a rate at which training broke down
+                axes.set_yscale("log")
             ticks = axes.set_xticks(ends, [f"{rate:g}" for rate in ends])
             for tick, side in zip(ticks, ("left", "right"), strict=True):
                 tick.label1.set_horizontalalignment(side)

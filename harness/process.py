@@ -107,8 +107,8 @@ def stop_signals():
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(run):
-    """Turn running out of memory into one line that names what makes a run smaller."""
+def explain_out_of_memory(run, scoring=None):
+    """Turn running out of memory into one line: what makes a run smaller, or `scoring`, a flag."""
     import torch
 
     try:
@@ -117,9 +117,8 @@ def explain_out_of_memory(run):
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and "allocate" not in str(error):  # the words of the CPU's allocator
             raise
-        half = max(1, run.batch_size // 2)
-        fail(
-            f"out of memory on {run.device}; smaller: --batch_size {half} with --grad_accum "
-            f"{run.grad_accum * 2}, --max_length below {run.max_length}, --checkpointing",
-            status=1,
-        )
+        half, twice = max(1, run.batch_size // 2), run.grad_accum * 2
+        training = f"--batch_size {half} with --grad_accum {twice}, --max_length below "
+        training += f"{run.max_length}, --checkpointing"
+        what = f"{scoring}; what is trained is kept" if scoring else training
+        fail(f"out of memory on {run.device}; smaller: {what}", status=1)

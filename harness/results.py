@@ -24,6 +24,7 @@ METHODS = {  # in the order of every table
     "sparse_lora": "Sparse LoRA",
     "hybrid": "QHiRA",
 }
+TESTED = ("lora", "qlora", "hira", "sparse_lora")
 DATASETS = {"sst2": "SST-2", "imdb": "IMDB", "wikitext2": "WikiText-2"}
 DEMOS = {"demo": "Demo", "demo_lm": "Demo text"}
 METRICS = {"classification": "accuracy", "mlm": "mlm_perplexity", "clm": "causal_perplexity"}
@@ -49,13 +50,30 @@ def label(method, name):
     return METHODS.get(method, method) + rest.replace("-", " ")
 
 
-def compared_with(method, name):
-    """Names of the rows that a row is set beside: LoRA, and its own method or a hybrid's two."""
-    names = ["lora", method]
-    if method == "hybrid":
-        contextual = name.startswith("hybrid-contextual")
-        names = ["lora", "qlora", "sparse_lora-contextual" if contextual else "hira"]
-    return [other for other in names if other != name]
+def compared_with(row):
+    """Names of the rows that a row is set beside, LoRA apart: its own method, or a hybrid's two."""
+    names = [row["method"]]
+    if row["method"] == "hybrid":
+        contextual = row["name"].startswith("hybrid-contextual")
+        names = ["qlora", "sparse_lora-contextual" if contextual else "hira"]
+    return [name for name in names if name not in ("lora", row["name"]) and not row["untrained"]]
+
+
+def mark_tested(runs):
+    """Mark the runs that are tested: of the four methods, in the variant that most of them have.
+
+    The variant is what a name says beside the method's: nothing in the default one, which comes
+    first where as many have it.
+    """
+    variants = {}  # of each method
+    for run in runs:
+        run["tested"] = run["method"] in TESTED and not run["untrained"]
+        run["variant"] = run["name"].removeprefix(run["method"])
+        if run["tested"]:
+            variants.setdefault(run["method"], {})[run["variant"]] = None
+    every = sorted(variant for own in variants.values() for variant in own)  # "" before others
+    for run in runs:
+        run["tested"] = run["tested"] and run["variant"] == max(every, key=every.count)
 
 
 def row_order(row):
@@ -133,6 +151,7 @@ def read_run(text):
     if run["untrained"] and run["name"] == "head_only":  # a language model has no head to train
         run["name"] = "head_only-untrained"
     rows_a_step = flags["batch_size"] * flags["grad_accum"] * run["environment"]["processes"]
+    run["rows_a_step"] = rows_a_step
     scored = [run["dataset"], data["task"], run["base"]["sha256"], data["test_sha256"]]
     scored += [data["test"], flags["max_length"]]
     trained = [data["train"], data["dev"], flags["epochs"], flags["max_steps"], rows_a_step]

@@ -38,7 +38,7 @@ def replacing(path, what):
 def finished(run):
     """Whether `run.path` holds a result of the same settings; others end the program.
 
-    One without costs and with a checkpoint was stopped while it was measured: it goes on.
+    One that was stopped while it was measured goes on: it lacks the costs, and has a checkpoint.
     """
     done = False
     if rank() == 0 and run.path.exists() and not run.force:
@@ -57,7 +57,8 @@ def finished(run):
                 f"{run.path} holds a run with other settings ({'; '.join(differ)}); --name NAME "
                 "keeps both, --force replaces it"
             )
-        done = "time" in there or not run.path.with_suffix(".checkpoint").exists()
+        stopped = there.get("untrained") or run.path.with_suffix(".checkpoint").exists()
+        done = "time" in there or not stopped
         if done and run.export:
             add = f"add --eval_only {run.path.with_suffix('')} to export it"
             fail(f"{run.path} is there already; {add}, or --force to run it again")

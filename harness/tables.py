@@ -41,14 +41,31 @@ def title(g):
 
 
 def tell_apart(groups):
-    """Where groups have one title, add to each what they may differ in."""
+    """Where groups have one title, add to each what they differ in."""
     titles = [title(g) for g in groups]
-    for g, words in zip(groups, titles, strict=True):
-        if titles.count(words) > 1:
-            run = g["_runs"][0]
-            sizes = f"{g['data']['train']:,} rows, {run['settings']['epochs']} epochs"
-            sizes += f", {run['settings']['max_length']} tokens"
-            g["apart"] = f" ({sizes}, base {run['base']['sha256'][:6]})"
+    for words in set(titles):
+        alike = [g for g, own in zip(groups, titles, strict=True) if own == words]
+        facts = list(zip(*map(group_facts, alike), strict=True))  # of each kind, the groups' own
+        for i, g in enumerate(alike):
+            differ = [found[i] for found in facts if len(set(found)) > 1]
+            g["apart"] = f" ({', '.join(differ)})" if differ else ""
+
+
+def group_facts(g):
+    """What two groups of runs may differ in, in words."""
+    run, data = g["_runs"][0], g["data"]
+    flags = run["settings"]
+    return [
+        f"{data['train']:,} rows",
+        f"{data['dev']:,} dev rows",
+        f"{flags['epochs']} epochs",
+        f"--max_steps {flags['max_steps']}",
+        f"{run['rows_a_step']} rows a step",
+        f"{flags['max_length']} tokens",
+        f"--head_lr {flags['head_lr']:g}",
+        f"base {run['base']['sha256'][:6]}",
+        f"{data['test']:,} test rows, {data['test_sha256'][:6]}",
+    ]
 
 
 def score_words(g):
@@ -132,7 +149,7 @@ def verdicts(g):
         which = "on any pair" if len(found) == len(pairs) else f"on {'; '.join(found)}"
         said.append(f"**No verdict** {which}: {why}.")
     if not pairs:
-        said.append("**No verdict:** fewer than two of the four methods have a tuned run.")
+        said.append("**No verdict:** fewer than two of the four methods have runs in one variant.")
     if g["power"]:
         seeds, rows = g["power"]["seeds"], g["power"]["rows"]
         found, equal = (min(99, int(100 * g["power"][key])) for key in ("found", "equal"))
@@ -146,9 +163,10 @@ def verdicts(g):
 
 def versus_lora(g):
     """How the other tested methods stand to LoRA, as the title of a picture."""
-    found = {}
-    for pair in (pair for pair in g["pairs"] if pair["a"] == "LoRA"):
-        verdict = "worse" if pair["better"] == "LoRA" else pair["verdict"]
+    found, tested = {}, [row for row in g["rows"] if row["tested"]]
+    lora = [row["label"] for row in tested if row["method"] == "lora"]
+    for pair in (pair for pair in g["pairs"] if pair["a"] in lora):
+        verdict = "worse" if pair["better"] in lora else pair["verdict"]
         found.setdefault(verdict, []).append(pair["b"])
     unit = "point" if g["task"] == "classification" else "%"
     words = {"better": "better than LoRA", "worse": "worse than LoRA"}

@@ -4,7 +4,6 @@ import base64
 import json
 import math
 import random
-import re
 import weakref
 from argparse import Namespace
 
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     EVERY,
-    ended,
     ready,
     result_of,
     rows_flags,
@@ -24,7 +22,9 @@ from conftest import (
 )
 
 import common
+import compare
 import lora
+from harness import results
 from harness.splits import Split, flat
 
 ADAPTED = [name for name in EVERY if name not in ("head only", "full")]
@@ -559,10 +559,10 @@ def test_metrics_against_counting(monkeypatch, labels, predictions, classes):
 
 
 @pytest.mark.parametrize("steps", [100, 2])
-def test_a_loss_that_is_not_finite_ends_the_run(
-    models, reviews, tmp_path, monkeypatch, capfd, steps
+def test_a_loss_that_is_not_finite_ends_the_training(
+    models, reviews, tmp_path, monkeypatch, capsys, steps
 ):
-    """Planted at step 2: one line with that step and its rate, status 1, and no result."""
+    """Planted at step 2: a line with that step and its rate; the run is scored as it is."""
     gradient, calls = common.gradient, []
 
     def broken(*args):
@@ -571,19 +571,45 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 
     monkeypatch.setattr(common, "gradient", broken)
     words = [*rows_flags(models, reviews), "--max_steps", steps, "--warmup", 0.5, "--lr", 1e-3]
-    status, error = ended(capfd, lora, *words, "--save_every", 1, "--out", tmp_path)
+    result, path = result_of(lora, tmp_path, *words)
     lr = 1e-3 * rate(2, steps, steps / 2)
-    assert status == 1 and f"at step 2, rate {lr:.3g}; try a smaller --lr" in error
-    assert {path.suffix for path in tmp_path.iterdir()} <= {".checkpoint"} and len(calls) < 6
+    assert f"not finite at step 2, rate {lr:.3g}: training ends" in capsys.readouterr().out
+    assert len(calls) == 5  # memory's two
+    assert len(result["curve"]) == (steps == 2) and not path.with_suffix(".checkpoint").exists()
+    assert result["time"]["train_seconds"] > 0 and not result["untrained"]
+
+
+def compare_all(folder):
+    return [compare.analyse(runs, None) for runs in compare.group_runs(results.load([folder])[0])]
 
 
 @pytest.mark.parametrize("steps", [1, 5])
-def test_a_rate_far_too_high_is_no_result(models, reviews, tmp_path, capfd, steps):
-    """The last step itself may break the weights: only scoring can notice."""
-    words = [*rows_flags(models, reviews), "--lr", 1e30, "--max_steps", steps, "--out", tmp_path]
-    status, error = ended(capfd, lora, *words)
-    where = r"step \d, rate \d" if steps > 1 else "loss on dev is not finite"
-    assert status == 1 and re.search(where, error) and not [*tmp_path.rglob("*")]
+@pytest.mark.parametrize("name", EVERY)
+def test_a_rate_far_too_high_is_a_run_that_dev_never_chooses(
+    name, steps, models, reviews, tmp_path, capsys
+):
+    """All rows wrong, at 20 nats; the next rate runs. The last step may be what breaks it."""
+    module, more = EVERY[name]
+    words = [*rows_flags(models, reviews), *more, "--max_steps", steps, "--head_lr", 1e-2]
+    paths = module.main([*map(str, words), "--lr", "1e30", "1e-3", "--out", str(tmp_path)])
+    lost, other = (json.loads(path.read_text(), parse_constant=pytest.fail) for path in paths)
+    assert "rows have a loss that is not finite" in capsys.readouterr().out
+    for split in ("dev", "test", "merged"):
+        if lost["metrics"][split]:  # a baseline has nothing to merge
+            assert lost["metrics"][split] == {"accuracy": 0.0, "f1": 0.0, "loss": 20.0}
+    assert set(bits(lost["rows"]["correct"], lost["data"]["test"])) == {False}
+    assert lost["memory"].keys() == other["memory"].keys() and lost["flops"] and lost["parameters"]
+    (group,) = compare_all(tmp_path)
+    [row] = group["rows"]
+    assert row["chosen"] == [1e-3] and row["dev"][1e30] == [0.0]
+
+
+def test_a_lost_language_model_scores_as_a_guess_among_e_to_the_20(models, text_dir, tmp_path):
+    words = [*text_flags(models, text_dir), "--max_steps", 1, "--lr", 1e30, "--no_timing"]
+    result, _ = result_of(lora, tmp_path, *words)
+    assert result["metrics"]["dev"]["mlm_perplexity"] == pytest.approx(math.exp(20))
+    nll, scored = (np.array(result["rows"][key]) for key in ("nll", "scored"))
+    assert (nll == 20 * scored).all() and compare_all(tmp_path)[0]["rows"]
 
 
 # ------------------------------------------------------------------------------ nothing is trained

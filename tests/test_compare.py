@@ -462,6 +462,35 @@ def test_only_default_variants_are_tested_the_others_stand_beside_lora(tmp_path)
     assert not any(rows[x]["parents"] for x in ["LoRA rank32", "HiRA x", "QLoRA", "LoRA untrained"])
 
 
+@pytest.mark.parametrize("name", ["{}-rank16", "mine", "{}-targetsq-v"])
+def test_one_changed_flag_for_all_four_is_tested_as_the_default_is(name, tmp_path):
+    """As where the model's layers have names of their own and --targets must be given."""
+    made = make_study({"lora": 0, "full": 0})[:18]
+    for method, gain in {"lora": 0, "qlora": 0, "hira": 5, "sparse_lora": 0}.items():
+        own = make_study({method: gain}, name=name.format(method))
+        made += [run | {"method": method} for run in own]
+    (group,) = judged(tmp_path, *made)
+    tested = [row for row in group["rows"] if row["tested"]]
+    assert [row["method"] for row in tested] == list(METHODS)
+    assert {row["name"] for row in tested} == {name.format(method) for method in METHODS}
+    assert len(group["pairs"]) == 6 and all(pair["verdict"] != "none" for pair in group["pairs"])
+    hira = next(row for row in tested if row["method"] == "hira")
+    assert hira["beside"]["b"] == tested[0]["label"]
+    words = " ".join(tables.verdicts(group))
+    assert f"**{hira['label']} is better**" in words
+    assert tables.versus_lora(group).startswith(f"{hira['label']} better than LoRA")
+    default = next(row for row in group["rows"] if row["name"] == "lora")
+    assert not default["tested"] and default["beside"]["b"] == tested[0]["label"]
+
+
+def test_of_two_variants_that_as_many_have_the_default_is_tested(tmp_path):
+    made = make_study(dict.fromkeys(["lora", "lora-rank2", "hira", "hira-rank2", "qlora-x"], 0))
+    (group,) = judged(tmp_path, *made)
+    assert [row["name"] for row in group["rows"] if row["tested"]] == ["lora", "hira"]
+    (group,) = judged(tmp_path / "other", *[run for run in made if run["method"] != "hira"])
+    assert not group["pairs"] and "fewer than two of the four" in tables.verdicts(group)[0]
+
+
 def test_a_hybrid_stands_beside_both_its_methods(tmp_path):
     names = ["lora", "qlora", "hira", "sparse_lora-contextual", "hybrid", "hybrid-contextual"]
     (group,) = judged(tmp_path, *make_study(dict.fromkeys(names, 0)))
@@ -510,7 +539,13 @@ def test_groups_of_one_data_set_and_base_have_titles_of_their_own(tmp_path):
     groups = judged(tmp_path, *made)
     tables.tell_apart(groups)
     titles = {tables.title(group) for group in groups}
-    assert len(titles) == 2 and any("9 epochs" in words for words in titles)
+    assert titles == {f"SST-2 with MiniLM ({number} epochs)" for number in (1, 9)}
+    for other in ({"batch_size": 8}, {"head_lr": 1e-3}, {"max_steps": 7}, {"max_length": 64}):
+        pair = judged(
+            tmp_path / next(iter(other)), *made[:6], *make_study({"lora": 0}, 2, settings=other)
+        )
+        tables.tell_apart(pair)
+        assert len({tables.title(group) for group in pair}) == len(pair) == 2
     tables.tell_apart(groups[:1])
     (alone,) = judged(tmp_path / "alone", *made[:3])
     tables.tell_apart([alone])

@@ -131,6 +131,9 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(
     assert code == 2 and "not an empty folder" in error and (folder / "mine.txt").exists()
     code, error = ended(capfd, lora, *words, "--export", folder, "--force")
     assert code == 2 and "not an empty folder" in error and (folder / "mine.txt").exists()
+    scoring = ["--eval_only", tmp_path / "a", "--seeds", 0, 1, "--export", tmp_path / "new"]
+    code, error = ended(capfd, lora, *words, *scoring)
+    assert code == 2 and "give one of --seeds" in error
     code, error = ended(capfd, lora, *words, "--seeds", 0, 1, "--export", tmp_path / "new")
     assert code == 2 and "of one run" in error
 

@@ -49,6 +49,7 @@ def test_a_run_that_needs_too_much(place, models, reviews, tmp_path, monkeypatch
     words = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
     code, error = ended(capfd, lora, *words)
     assert code == 1 and "out of memory on cpu" in error and not list(tmp_path.glob("*.json"))
+    assert ("--eval_batch_size 16; what is trained is kept" in error) == (place == "score")
 
 
 def test_a_second_signal_stops_at_once_and_handlers_are_handed_back(capfd):

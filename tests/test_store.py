@@ -386,6 +386,22 @@ lora.main()
         assert "is there already" in done.stdout and "trained" not in done.stdout
 
 
+def test_an_untrained_run_stopped_while_it_is_measured_gets_its_costs(
+    models, reviews, tmp_path, monkeypatch
+):
+    words = [*rows_flags(models, reviews), "--epochs", 0]
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lora, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        result_of(lora, tmp_path, *words)
+    monkeypatch.setattr(lora, "measure", common.measure)
+    result, _ = result_of(lora, tmp_path, *words)
+    assert result["untrained"] and result["memory"]["inference"]
+
+
 @pytest.mark.parametrize("damage", ["torn", "code", "other settings", "other rows"])
 def test_an_unusable_checkpoint_is_named_and_the_run_starts_afresh(
     damage, models, reviews, tmp_path, monkeypatch, capsys
