@@ -149,7 +149,7 @@ def verdicts(g):
         which = "on any pair" if len(found) == len(pairs) else f"on {'; '.join(found)}"
         said.append(f"**No verdict** {which}: {why}.")
     if not pairs:
-        said.append("**No verdict:** fewer than two of the four methods have runs in one variant.")
+        said.append("**No verdict:** fewer than two of the four methods have runs of one variant.")
     if g["power"]:
         seeds, rows = g["power"]["seeds"], g["power"]["rows"]
         found, equal = (min(99, int(100 * g["power"][key])) for key in ("found", "equal"))

@@ -65,7 +65,7 @@ imdb() {
   four 6 4 3e-3 $imdb
   runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3
 }
-smollm2() {  # first looks, around 1e-3 (HiRA 1e-2; Sparse LoRA 4e-3), had their best at the upper edge
+smollm2() {  # from 1e-3 (HiRA 1e-2) the centres moved up until what lay beyond was worse
   local seeds=4  # to come: 6, for verdicts
   runs $seeds lora.py $smol --lr 4e-3 --search 3
   runs $seeds qlora.py $smol --lr 4e-3 --search 3
