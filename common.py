@@ -420,7 +420,7 @@ def log_losses(history, bar):
     history.losses.clear()
     if not math.isfinite(mean):
         bar.close()
-        say(f"the loss is not finite at step {step}, rate {lr:.3g}: training ends here")
+        say(f"the loss is not finite at step {step}, rate {lr:.3g}: training ends; lower --lr?")
         return False
     history.curve.append([step, lr, mean])
     bar.set_postfix(loss=f"{mean:.3f}")

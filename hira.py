@@ -117,7 +117,7 @@ def adapt(base, run):
         for name in names:
             layer = base.model.get_submodule(name)
             update = high_rank_weight(weight_of(layer.base).float(), layer.A, layer.B, one=0)
-            ranks[name] = int(torch.linalg.matrix_rank(update.nan_to_num(0, 0, 0)))  # of a lost run
+            ranks[name] = int(torch.linalg.matrix_rank(update.nan_to_num(0, 0, 0)))  # if it broke
         return {"rank_of_update": ranks}
 
     return {"peft": peft, "settings": {"targets": targets}, "info": info}

@@ -72,8 +72,9 @@ def mark_tested(runs):
         if run["tested"]:
             variants.setdefault(run["method"], {})[run["variant"]] = None
     every = sorted(variant for own in variants.values() for variant in own)  # "" before others
+    most = max(every, key=every.count, default="")
     for run in runs:
-        run["tested"] = run["tested"] and run["variant"] == max(every, key=every.count)
+        run["tested"] = run["tested"] and run["variant"] == most
 
 
 def row_order(row):
