@@ -66,7 +66,7 @@ imdb() {
   runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3
 }
 smollm2() {  # from 1e-3 (HiRA 1e-2) the centres moved up until what lay beyond was worse
-  local seeds=4  # to come: 6, for verdicts
+  local seeds=6
   runs $seeds lora.py $smol --lr 4e-3 --search 3
   runs $seeds qlora.py $smol --lr 4e-3 --search 3
   runs $seeds sparse_lora.py $smol --lr 8e-3 --search 3
