@@ -73,14 +73,15 @@ def score_words(g):
 
 
 def amount(g, text):
-    """A size with its unit: "1 point", "0.67 points", "2 % in perplexity"."""
+    """A size with its unit: "1 point", "0.67 points", "2 %"."""
     if g["task"] != "classification":
-        return f"{text} % in perplexity"
+        return f"{text} %"
     return f"{text} point" if text == "1" else f"{text} points"
 
 
 def margin(g):
-    return amount(g, f"{g['margin']:g}")
+    kind = "" if g["task"] == "classification" else " in perplexity"
+    return f"{amount(g, format(g['margin'], 'g'))}{kind}"
 
 
 def number(x, form):
@@ -154,9 +155,9 @@ def verdicts(g):
         seeds, rows = g["power"]["seeds"], g["power"]["rows"]
         found, equal = (min(99, int(100 * g["power"][key])) for key in ("found", "equal"))
         said.append(
-            f"What this study can see ({seeds} seeds, {rows:,} test rows, the spread found): on "
-            f"each pair judged it finds a true difference of {margin(g)} in at least {found} % of "
-            f"cases, and calls a true 0 equal in at least {equal} %."
+            f"At this spread, with {seeds} seeds and {rows:,} test rows, a true difference of "
+            f"{margin(g)} is found in at least {found} % of studies, and a true 0 called equal in "
+            f"at least {equal} %."
         )
     return said
 

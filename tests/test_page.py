@@ -39,7 +39,7 @@ def test_sentences_of_verdicts_have_sizes_and_reasons(study, tmp_path):
     assert re.search(r"\*\*Undecided:\*\* .*about \d+ seeds would decide", text)
     # Planted: the second is ahead.
     assert re.search(r"LoRA − Sparse LoRA: -\d\.\d\d points \(", text)
-    assert re.search(r"finds a true difference of 1 point in at least \d+ % of cases", text)
+    assert re.search(r"difference of 1 point is found in at least \d+ % of studies", text)
 
 
 def test_without_verdicts_one_line_says_why(tmp_path):
@@ -52,7 +52,7 @@ def test_perplexity_has_percent_and_its_own_name(tmp_path):
     made = make_study({"lora": 0, "hira": 9}, lm=True, dataset="wikitext2")
     write(tmp_path, *made, name="text.jsonl")
     text = page_of(tmp_path, tmp_path)
-    assert re.search(r"HiRA is better\*\* than LoRA by \d\.\d\d % in perplexity", text)
+    assert re.search(r"HiRA is better\*\* than LoRA by \d\.\d\d % \(95 % interval", text)
     assert "masked-LM perplexity" in text and "minus LoRA, %" in text
 
 
