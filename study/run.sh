@@ -65,12 +65,9 @@ imdb() {
   four 6 4 3e-3 $imdb
   runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3
 }
-smollm2() {  # from 1e-3 (HiRA 1e-2) the centres moved up until what lay beyond was worse
-  local seeds=6
-  runs $seeds lora.py $smol --lr 4e-3 --search 3
-  runs $seeds qlora.py $smol --lr 4e-3 --search 3
-  runs $seeds sparse_lora.py $smol --lr 8e-3 --search 3
-  runs $seeds hira.py $smol --lr 2e-2 --search 3
+smollm2() {  # from 1e-3 (HiRA 1e-2) the rates moved up until what lay beyond was worse
+  for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $smol --lr 4e-3 --search 4; done
+  runs 6 hira.py $smol --lr 2e-2 --search 4
   runs 1 common.py $smol
   runs 1 qlora.py $smol --epochs 0
 }
