@@ -79,9 +79,13 @@ def amount(g, text):
     return f"{text} point" if text == "1" else f"{text} points"
 
 
+def kind(g):
+    """What a percentage is of, once in a sentence."""
+    return "" if g["task"] == "classification" else " in perplexity"
+
+
 def margin(g):
-    kind = "" if g["task"] == "classification" else " in perplexity"
-    return f"{amount(g, format(g['margin'], 'g'))}{kind}"
+    return amount(g, f"{g['margin']:g}") + kind(g)
 
 
 def number(x, form):
@@ -128,7 +132,7 @@ def verdicts(g):
             inside = "; the 90 % one lies within the margin" if pair["equal"] else ""
             size = f"{amount(g, f'{mean:.2f}')} (95 % interval {low:.2f} to {high:.2f}{inside})"
             beaten.append(f"than {other} by {size}")
-        said.append(f"**{name} is better** {listing(beaten)}.")
+        said.append(f"**{name} is better**{kind(g)} {listing(beaten)}.")
     equal = [pair for pair in pairs if pair["verdict"] == "equal"]
     if equal:
         which = "; ".join(f"{pair['a']} and {pair['b']}" for pair in equal)

@@ -21,16 +21,16 @@ runs() {  # runs SEEDS FLAGS...: one process a seed, its rates one after the oth
   done
 }
 
-four() {  # four SEEDS RATES RATE FLAGS...: the four methods; HiRA's rates are ten times as high
-  local seeds=$1 rates=$2 rate=$3; shift 3
+four() {  # four SEEDS RATES RATE HIRAS FLAGS...: the four methods; HiRA has a rate of its own
+  local seeds=$1 rates=$2 rate=$3 hiras=$4; shift 4
   for method in lora.py qlora.py sparse_lora.py; do
     runs $seeds $method "$@" --lr $rate --search $rates
   done
-  runs $seeds hira.py "$@" --lr ${rate/e-3/e-2} --search $rates
+  runs $seeds hira.py "$@" --lr $hiras --search $rates
 }
 
 sst2() {
-  four 10 6 1.5e-3 $sst2
+  four 10 6 1.5e-3 1.5e-2 $sst2
   runs 10 sparse_lora.py $sst2 --mode contextual --lr 1.5e-3 --search 5
   runs 6 common.py $sst2 --lr 4e-2 --search 5
 }
@@ -53,21 +53,17 @@ ranks() {  # alpha stays at 16, so LoRA's best rate rises with the rank and HiRA
   runs 5 hira.py $sst2 --rank 2 --lr 1.5e-2 --search 3
   runs 5 hira.py $sst2 --rank 32 --lr 7.5e-3 --search 3
 }
-wikitext2() {
-  for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $wiki --lr 4e-3 --search 5; done
-  runs 6 hira.py $wiki --lr 2e-2 --search 5
-}
+wikitext2() { four 6 5 4e-3 2e-2 $wiki; }
 untrained() {
   runs 1 common.py $wiki
   runs 1 qlora.py $wiki --epochs 0
 }
 imdb() {
-  four 6 4 3e-3 $imdb
+  four 6 4 3e-3 3e-2 $imdb
   runs 6 sparse_lora.py $imdb --mode contextual --lr 3e-3 --search 3
 }
 smollm2() {  # from 1e-3 (HiRA 1e-2) the rates moved up until what lay beyond was worse
-  for method in lora.py qlora.py sparse_lora.py; do runs 6 $method $smol --lr 4e-3 --search 4; done
-  runs 6 hira.py $smol --lr 2e-2 --search 4
+  four 6 4 4e-3 2e-2 $smol
   runs 1 common.py $smol
   runs 1 qlora.py $smol --epochs 0
 }

@@ -52,7 +52,7 @@ def test_perplexity_has_percent_and_its_own_name(tmp_path):
     made = make_study({"lora": 0, "hira": 9}, lm=True, dataset="wikitext2")
     write(tmp_path, *made, name="text.jsonl")
     text = page_of(tmp_path, tmp_path)
-    assert re.search(r"HiRA is better\*\* than LoRA by \d\.\d\d % \(95 % interval", text)
+    assert re.search(r"HiRA is better\*\* in perplexity than LoRA by \d\.\d\d % \(", text)
     assert "masked-LM perplexity" in text and "minus LoRA, %" in text
 
 
