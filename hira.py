@@ -1,4 +1,4 @@
-"""HiRA: a high-rank update from low-rank factors, multiplied by the frozen weight entry by entry.
+"""HiRA: a high-rank update from low-rank factors, multiplied element-wise by the frozen weight.
 
 Paper: Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation …", ICLR.
 
@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import evaluate, load_base, load_data, measure, replace, train
+from common import Method, evaluate, load_base, load_data, measure, replace, train
 from harness.export import export
 from harness.flags import adapter_args, parse_args, runs, share
-from harness.models import find_targets, weight_of
+from harness.models import AdapterLayer, find_targets, weight_of
+from harness.process import choose_device, join_process_group
 from harness.store import load_adapter, save_result
 from plan import plan
 
@@ -39,108 +40,113 @@ def add_args(parser):
 # -------------------------------------------------------------------------------------- the maths
 
 
-def high_rank_weight(weight, A, B, one=1):
-    """W0 ⊙ (one + B·A): weight (out, in), A (r, in), B (out, r), one 1 or 0 -> (out, in)."""
-    return torch.addcmul(weight, weight, B @ A) if one else weight * (B @ A)
+def hira_weight(W0, A, B):
+    """W0 ⊙ (1 + B·A), what the layer computes with: W0 (out, in), A (r, in), B (out, r)."""
+    return torch.addcmul(W0, W0, B @ A)
+
+
+def hira_update(W0, A, B):
+    """W0 ⊙ B·A, what training adds to W0: (out, in), of rank up to r·rank(W0)."""
+    return W0 * (B @ A)
+
+
+def hira_forward(x, W0, b, A, B):
+    """y = (W0 ⊙ (1 + B·A))·x + b, the whole method; autograd would keep two matrices like W0."""
+    return F.linear(x, hira_weight(W0, A, B), b)
 
 
 class HadamardProduct(torch.autograd.Function):
-    """y = (W0 ⊙ (1 + B·A))·x + b, x (rows, in), in one product that keeps no dense matrix.
+    """hira_forward, which keeps no dense matrix for the backward pass; x (rows, in).
 
-    With M = (δᵀ·x) ⊙ W0: dA = Bᵀ·M, dB = M·Aᵀ, dx = δ·(W0 ⊙ (1 + B·A)) (section 4.7). With one = 0
-    it is the update alone, (W0 ⊙ B·A)·x. Under autocast products are in its dtype.
+    With M = (δᵀ·x) ⊙ W0: dA = Bᵀ·M, dB = M·Aᵀ, dx = δ·W with W as in the forward pass (section
+    4.7). `dense` is hira_weight, or hira_update for the update's product alone, without a bias.
+    Under autocast products are in its dtype.
     """
 
     @staticmethod
-    def forward(ctx, x, base, A, B, one):
-        kind, ctx.base, ctx.one = x.device.type, base, one
+    def forward(ctx, x, base, A, B, dense):
+        kind, ctx.base, ctx.dense = x.device.type, base, dense
         x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
         ctx.save_for_backward(x, A, B)
-        weight = high_rank_weight(weight_of(base).to(x.dtype), A, B, one)
-        return F.linear(x, weight, base.bias if one else None)
+        bias = base.bias if dense is hira_weight else None
+        return F.linear(x, dense(weight_of(base).to(x.dtype), A, B), bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, *thin = ctx.saved_tensors
         A, B = (tensor.to(x.dtype) for tensor in thin)
-        weight = weight_of(ctx.base).to(x.dtype)
-        dx = grad @ high_rank_weight(weight, A, B, ctx.one) if ctx.needs_input_grad[0] else None
-        M = (grad.T @ x).mul_(weight)
+        W0 = weight_of(ctx.base).to(x.dtype)
+        dx = grad @ ctx.dense(W0, A, B) if ctx.needs_input_grad[0] else None
+        M = (grad.T @ x).mul_(W0)
         return dx, None, B.T @ M, M @ A.T, None
 
 
-class HiRALinear(nn.Module):
+class HiRALinear(AdapterLayer):
     """A frozen linear layer `base` whose weight is multiplied by 1 + B·A (equation 6)."""
 
     keys = {"A": "hira_A", "B": "hira_B"}  # parameter -> its name in PEFT's file
 
     def __init__(self, base, rank, dropout):
-        super().__init__()
-        out_features, in_features = weight_of(base).shape
-        self.base = base
-        self.A = nn.Parameter(torch.empty(rank, in_features))
-        self.B = nn.Parameter(torch.zeros(out_features, rank))
+        super().__init__(base)
+        self.A = nn.Parameter(torch.empty(rank, self.in_features))
+        self.B = nn.Parameter(torch.zeros(self.out_features, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # uniform in ±1/√in
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
+        rows = self.dropout(x.flatten(0, -2))  # not a view of x: models may change y in place
         # The update is a branch of its own where its input differs, and in bf16, whose 8 bits
         # would round small updates of a weight away.
-        branch = self.training and self.dropout.p or torch.is_autocast_enabled(x.device.type)
-        rows = self.dropout(x.flatten(0, -2))  # not a view of x: models may change y in place
-        y = HadamardProduct.apply(rows, self.base, self.A, self.B, 0 if branch else 1)
-        y = y.unflatten(0, x.shape[:-1])
-        return self.base(x) + y if branch else y
-
-    @property
-    def weight(self):  # some models look at a layer's weight, T5 for its dtype
-        return self.base.weight
+        if self.training and self.dropout.p or torch.is_autocast_enabled(x.device.type):
+            y = HadamardProduct.apply(rows, self.base, self.A, self.B, hira_update)
+            return self.base(x) + y.unflatten(0, x.shape[:-1])
+        y = HadamardProduct.apply(rows, self.base, self.A, self.B, hira_weight)
+        return y.unflatten(0, x.shape[:-1])
 
     def merged_weight(self):
         """W0 ⊙ (1 + B·A) in fp32, (out, in): one matrix that does the work of both."""
-        return high_rank_weight(weight_of(self.base).float(), self.A, self.B)
+        return hira_weight(weight_of(self.base).float(), self.A, self.B)
 
 
 # ------------------------------------------------------------------------------------- the method
 
 
-def adapt(base, run):
-    """Adapt every target layer of base.model, in place; returns what the experiment must know."""
+def adapt(run, base):
+    """Adapt every target layer of base.model, in place; returns the Method."""
     targets = find_targets(base.model, run.targets)
-    names = replace(base.model, targets, lambda layer: HiRALinear(layer, run.rank, run.dropout))
-    peft = {"peft_type": "HIRA", "target_modules": targets, "r": run.rank}
-    peft |= {"hira_dropout": run.dropout}
+    layers = replace(base.model, targets, lambda layer: HiRALinear(layer, run.rank, run.dropout))
 
     @torch.no_grad()
-    def info():
-        ranks = {}
-        for name in names:
-            layer = base.model.get_submodule(name)
-            update = high_rank_weight(weight_of(layer.base).float(), layer.A, layer.B, one=0)
-            ranks[name] = int(torch.linalg.matrix_rank(update.nan_to_num(0, 0, 0)))  # if it broke
-        return {"rank_of_update": ranks}
+    def report():
+        name, layer = next(iter(layers.items()))  # of one layer: at 4,096² it takes seconds
+        update = hira_update(weight_of(layer.base).float(), layer.A, layer.B)
+        rank = torch.linalg.matrix_rank(update.nan_to_num(0, 0, 0))  # NaN where training diverged
+        return {"rank_of_update": {name: int(rank)}}
 
-    return {"peft": peft, "settings": {"targets": targets}, "info": info}
+    peft = {"peft_type": "HIRA", "target_modules": targets, "r": run.rank}
+    return Method(peft | {"hira_dropout": run.dropout}, report=report)
 
 
 def main(argv=None):
-    """Adapt, train, score and measure once per seed and rate; returns the result files' paths."""
+    """Adapt, train, score and measure once per seed and learning rate; returns the result files."""
     args, paths = parse_args(__doc__, __file__, add_args, argv), []
+    choose_device(args)
+    join_process_group(args)
     if args.plan:
         return plan(args, adapt)
     for run in runs(args):
         data = load_data(run)
         base = load_base(run, data)
-        method = adapt(base, run)
+        method = adapt(run, base)
         if run.eval_only:
             load_adapter(run, base, method)
-            evaluate(base, data, run)
+            evaluate(run, data, base)
         else:
-            history = train(base, data, run, method)
-            scores = evaluate(base, data, run)
-            save_result(base, data, run, method, history, scores)  # what follows cannot lose it
-            costs = measure(base, data, run, method, history)
-            paths.append(save_result(base, data, run, method, history, scores, costs))
+            history = train(run, data, base, method)
+            scores = evaluate(run, data, base)
+            save_result(run, data, base, method, history, scores)  # so that nothing can lose it
+            costs = measure(run, data, base, method, history)
+            paths.append(save_result(run, data, base, method, history, scores, costs))
         if run.export:
             export(run, base)
     return paths

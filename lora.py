@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import evaluate, load_base, load_data, measure, replace, train
+from common import Method, evaluate, load_base, load_data, measure, replace, train
 from harness.export import export
 from harness.flags import adapter_args, parse_args, positive, runs, share
-from harness.models import find_targets, weight_of
+from harness.models import AdapterLayer, find_targets, weight_of
+from harness.process import choose_device, join_process_group
 from harness.store import load_adapter, save_result
 from plan import plan
 
@@ -42,27 +43,21 @@ def lora_update(x, A, B, scale):
     return F.linear(F.linear(x, A) * scale, B)  # scaled where the tensor is narrowest
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(AdapterLayer):
     """A frozen linear layer `base` with a trained update beside it (equation 3)."""
 
     keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # parameter -> its name in PEFT's file
 
     def __init__(self, base, rank, alpha, dropout):
-        super().__init__()
-        out_features, in_features = weight_of(base).shape
-        self.base = base
-        self.A = nn.Parameter(torch.empty(rank, in_features))
-        self.B = nn.Parameter(torch.zeros(out_features, rank))
+        super().__init__(base)
+        self.A = nn.Parameter(torch.empty(rank, self.in_features))
+        self.B = nn.Parameter(torch.zeros(self.out_features, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # uniform in ±1/√in
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
         return self.base(x) + lora_update(self.dropout(x), self.A, self.B, self.scale)
-
-    @property
-    def weight(self):  # some models look at a layer's weight, T5 for its dtype
-        return self.base.weight
 
     def merged_weight(self):
         """W0 + (α/r)·B·A in fp32, (out, in): one matrix that does the work of both."""
@@ -72,33 +67,34 @@ class LoRALinear(nn.Module):
 # ------------------------------------------------------------------------------------- the method
 
 
-def adapt(base, run):
-    """Adapt every target layer of base.model, in place; returns what the experiment must know."""
+def adapt(run, base):
+    """Adapt every target layer of base.model, in place; returns the Method."""
     targets = find_targets(base.model, run.targets)
     replace(base.model, targets, lambda layer: LoRALinear(layer, run.rank, run.alpha, run.dropout))
     peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
-    peft |= {"lora_alpha": run.alpha, "lora_dropout": run.dropout}
-    return {"peft": peft, "settings": {"targets": targets}}
+    return Method(peft | {"lora_alpha": run.alpha, "lora_dropout": run.dropout})
 
 
 def main(argv=None):
-    """Adapt, train, score and measure once per seed and rate; returns the result files' paths."""
+    """Adapt, train, score and measure once per seed and learning rate; returns the result files."""
     args, paths = parse_args(__doc__, __file__, add_args, argv), []
+    choose_device(args)
+    join_process_group(args)
     if args.plan:
         return plan(args, adapt)
     for run in runs(args):
         data = load_data(run)
         base = load_base(run, data)
-        method = adapt(base, run)
+        method = adapt(run, base)
         if run.eval_only:
             load_adapter(run, base, method)
-            evaluate(base, data, run)
+            evaluate(run, data, base)
         else:
-            history = train(base, data, run, method)
-            scores = evaluate(base, data, run)
-            save_result(base, data, run, method, history, scores)  # what follows cannot lose it
-            costs = measure(base, data, run, method, history)
-            paths.append(save_result(base, data, run, method, history, scores, costs))
+            history = train(run, data, base, method)
+            scores = evaluate(run, data, base)
+            save_result(run, data, base, method, history, scores)  # so that nothing can lose it
+            costs = measure(run, data, base, method, history)
+            paths.append(save_result(run, data, base, method, history, scores, costs))
         if run.export:
             export(run, base)
     return paths

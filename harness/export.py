@@ -6,8 +6,8 @@ import shutil
 
 import torch
 
-from harness.models import adapters
-from harness.process import fail, first_line, rank, say
+from harness.models import stand_ins
+from harness.process import fail, first_line, process_index, say
 from harness.rows import load_tokenizer
 
 
@@ -18,7 +18,7 @@ def merged_state(model, whole):
     An adapter's own frozen layer is called base in here; Conv1D keeps its weight transposed.
     """
     state = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()}
-    for path, module in adapters(model).items():
+    for path, module in stand_ins(model).items():
         path = path.removesuffix(".base")
         weight, layer = module.merged_weight(), whole.get_submodule(path)
         state[f"{path}.weight"] = weight.T if type(layer).__name__ == "Conv1D" else weight
@@ -28,17 +28,17 @@ def merged_state(model, whole):
 def export(run, base):
     """Write the merged model to the folder --export, whole or not at all.
 
-    In the dtype of the checkpoint that it came from; a 4-bit base becomes its dequantised weights,
+    In the dtype of the checkpoint that it came from; a 4-bit base becomes its dequantized weights,
     full size. The state is loaded strictly into a fresh model of the same class before anything is
     written: every name and every shape is there.
     """
-    if rank() != 0:
+    if process_index() != 0:
         return
     folder, model = run.export.resolve(), base.model
     tokenizer, config = copy.deepcopy(load_tokenizer(run.model))
     config.id2label, config.label2id = model.config.id2label, model.config.label2id
     config.pad_token_id = model.config.pad_token_id
-    own_head = model.get_output_embeddings() in adapters(model).values()
+    own_head = model.get_output_embeddings() in stand_ins(model).values()
     if own_head:  # the embedding that it was tied to is not adapted
         config.tie_word_embeddings = False
     dtype = config.dtype or torch.float32

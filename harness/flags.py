@@ -9,14 +9,14 @@ import shlex
 import sys
 from pathlib import Path
 
-from harness.process import fail, find_device, first_line, one_line_on_interrupt
+from harness.process import fail, first_line, one_line_on_interrupt
 from harness.rows import DEMOS, HUB, LENGTHS
 from harness.store import finished
 
 # What decides neither a run's outcome nor its costs, and what its file name says already.
 NOT_SETTINGS = {
     *("seeds", "seed", "search", "lr", "method", "name", "out", "force", "device", "data_dir"),
-    *("eval_only", "save_every", "no_timing", "command", "export", "plan", "changed"),
+    *("eval_only", "save_every", "timing", "command", "export", "plan", "changed"),
 }
 
 
@@ -116,7 +116,7 @@ def shared_args(parser):
     add("--eval_only", type=Path, metavar="FOLDER", help="score a saved adapter, train nothing")
     add("--export", type=Path, metavar="FOLDER", help="write the merged model as a checkpoint")
     add("--plan", action="store_true", help="print memory and operations of a step; load nothing")
-    add("--no_timing", action="store_true", help="time no inference, score no merged model")
+    add("--timing", action="store_true", help="time inference, score the merged model, too")
     add("--save_every", type=count, metavar="STEPS", help="write a checkpoint this often")
 
 
@@ -124,8 +124,7 @@ def parse_args(doc, file, add_args, argv=None):
     """Read the command line of the script `file`; `doc` is its docstring, `add_args` adds its own.
 
     Returns a Namespace with `method` (the script's stem), `changed` (its own flags that are not at
-    their default), `device` and `precision` resolved. Wrong input ends the program with one line
-    and status 2. Under torchrun it joins the process group.
+    their default). Wrong input ends the program with one line and status 2.
     """
     parser = Parser(
         prog=Path(file).name,
@@ -182,13 +181,6 @@ def parse_args(doc, file, add_args, argv=None):
             fail(f"--export {args.export}: it is not an empty folder; name a new one")
         if len(args.seeds) > 1 or len(args.lr) > 1 and not args.eval_only:
             fail(f"--export {args.export}: of one run; give one of --seeds and one --lr")
-    args.device = find_device(args.device)
-    if args.precision == "auto":
-        import torch
-
-        cuda = "cuda" in args.device
-        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if bf16 else "fp32"
     return args
 
 

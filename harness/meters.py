@@ -11,8 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from harness.models import adapters
-from harness.process import world
+from harness.models import stand_ins
+from harness.process import process_count
 
 
 class Clock:
@@ -110,32 +110,38 @@ def live_bytes(work, trained, device, **known):
     return live.peak, torch.cuda.max_memory_allocated(device) if "cuda" in device else None
 
 
-def fitted_flops(model, work, prices):
-    """Operations of a whole list of passes; at most four, each of another price, are counted.
+def count_flops(model, work):
+    """Operations of `work()`: torch's counter sees matrix products, two for a multiply-add.
 
-    work(i) runs pass i; torch's counter sees its matrix products, two for a multiply-add. Attention
-    is eager: the fused kernels are invisible to it on a CPU. prices (passes, k): what the
-    operations of a pass are a linear function of; a least-squares fit gives the rest. Returns their
-    sum.
+    Attention is eager: the counter does not see the fused kernels on a CPU.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    if not prices:
-        return 0.0
-    prices, counts = np.array(prices, dtype=float), []
-    unlike = np.unique(prices, axis=0, return_index=True)[1]  # from short to long
-    few = unlike[np.linspace(0, len(unlike) - 1, min(4, len(unlike))).round().astype(int)]
     attention = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
-        for i in few:
-            with FlopCounterMode(display=False) as counter:
-                work(i)
-            counts.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            work()
     finally:
         model.set_attn_implementation(attention)
         model.zero_grad(set_to_none=True)
-    fit, *_ = np.linalg.lstsq(prices[few], np.array(counts, dtype=float), rcond=None)
+    return counter.get_total_flops()
+
+
+def fitted_flops(model, works, prices):
+    """Operations of all `works`, a list of functions; at most four of them are counted.
+
+    prices (passes, k): what the operations of a pass are a linear function of; passes of unequal
+    prices are counted and a least-squares fit gives the rest.
+    """
+    if not works:
+        return 0.0
+    prices = np.array(prices, dtype=float)
+    unequal = np.unique(prices, axis=0, return_index=True)[1]  # from short to long
+    few = np.linspace(0, len(unequal) - 1, min(4, len(unequal))).round().astype(int)
+    few = unequal[few]
+    counts = np.array([count_flops(model, works[i]) for i in few], dtype=float)
+    fit, *_ = np.linalg.lstsq(prices[few], counts, rcond=None)
     return float((prices @ fit).sum())
 
 
@@ -171,7 +177,7 @@ def count_parameters(base):
     named = base.model.named_parameters()
     trained = {name: tensor.numel() for name, tensor in named if tensor.requires_grad}
     head = sum(size for name, size in trained.items() if name in base.head)
-    modules = adapters(base.model).values()
+    modules = stand_ins(base.model).values()
     added = sum(getattr(module, key).numel() for module in modules for key in module.keys)
     trainable, total = sum(trained.values()), base.weights + added
     return {
@@ -195,7 +201,7 @@ def describe(base):
 def count_disk(base, dtype):
     """Bytes of the base with its head as training keeps it, and of the merged model in `dtype`."""
     tensors = [*base.model.parameters(), *base.model.buffers()]
-    for module in adapters(base.model).values():
+    for module in stand_ins(base.model).values():
         if module.keys:  # what is trained, and a method's masks over it
             own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
             tensors = [t for t in tensors if not any(t is other for other in own)]
@@ -203,7 +209,7 @@ def count_disk(base, dtype):
     return {"base": stored, "merged": base.weights * dtype.itemsize}
 
 
-def summarise_time(laps, per_epoch, sizes):
+def summarize_time(laps, per_epoch, sizes):
     """Seconds of training: in all, by epoch, by step (the first few, which warm up, left out).
 
     laps: seconds of each step; sizes: its (rows, tokens without padding).
@@ -217,5 +223,5 @@ def summarise_time(laps, per_epoch, sizes):
         "step_ms": {"median": median, "p10": p10, "p90": p90},
         "samples_per_second": sum(rows for rows, _ in sizes) / max(seconds, 1e-9),
         "tokens_per_second": sum(tokens for _, tokens in sizes) / max(seconds, 1e-9),
-        "accelerator_hours": seconds * world() / 3600,
+        "accelerator_hours": seconds * process_count() / 3600,
     }

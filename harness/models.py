@@ -1,4 +1,4 @@
-"""The libraries' models: loading, layers' names and weights, what stands in for a layer.
+"""The libraries' models: loading, names and weights of layers, the class of an adapter layer.
 
 transformers is imported where it is used: it takes seconds, and --help must not.
 """
@@ -9,13 +9,14 @@ import math
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from harness.process import fail, first_line, say
 from harness.rows import model_folder
 
-BERTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
-LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")
+# The head of a task in transformers' class names.
+HEADS = {"classification": "SequenceClassification", "mlm": "MaskedLM", "clm": "CausalLM"}
 TARGETS = (  # the query and value projections, the LoRA paper's choice; the first that all exist
     ["query", "value"],  # BERT and its relatives
     ["q_lin", "v_lin"],  # DistilBERT
@@ -28,20 +29,49 @@ TARGETS = (  # the query and value projections, the LoRA paper's choice; the fir
     ["Wqkv"],  # ModernBERT,
     ["attention.self.in_proj"],  # DeBERTa
 )
-AFTER_ATTENTION = {  # the module of a block that all that follows attention goes through
-    "distilbert": "sa_layer_norm",
-    "gpt2": "ln_2",
-    **dict.fromkeys(BERTS, "attention.output"),
-    **dict.fromkeys(LLAMAS, "post_attention_layernorm"),
-}
+
+
+class StandIn(nn.Module):
+    """A module in the place of one of the model's linear layers: the common part of all of them.
+
+    A subclass has `in_features`, `out_features`, and a `weight` (out, in) and a `bias`, which some
+    models read; T5 reads a weight's dtype.
+    """
+
+    keys = {}  # trained parameter -> its name in PEFT's file; empty where nothing is trained
+
+    def merged_weight(self):
+        """The one matrix (out, in), in fp32, that does this layer's work."""
+        raise NotImplementedError
+
+
+class AdapterLayer(StandIn):
+    """A trained adapter around a frozen linear layer `base`; subclasses add forward and keys."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = features(base)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
 
 
 def configure(config, dropout, pad, classes):
-    """A copy of the model's config with this dropout everywhere, this pad id and these classes."""
+    """A copy of the model's config with this dropout everywhere, this pad id and these classes.
+
+    LayerDrop is off: it would leave a dropped layer's adapter without a gradient.
+    """
     config = copy.deepcopy(config)
     for key, value in config.to_dict().items():
-        if "drop" in key and "layer" not in key and isinstance(value, float | int | None):
-            setattr(config, key, dropout)
+        # ESM's token_dropout is a switch, True or False, not a probability.
+        if "drop" in key and isinstance(value, float | int | None) and not isinstance(value, bool):
+            setattr(config, key, 0.0 if "layer" in key else dropout)
     config.pad_token_id, config.use_cache = pad, False
     if classes:
         config.id2label = dict(enumerate(classes))
@@ -56,7 +86,7 @@ def load(name, task, config):
     """
     import transformers
 
-    kind = {"classification": "SequenceClassification", "mlm": "MaskedLM", "clm": "CausalLM"}[task]
+    kind = HEADS[task]
     try:
         model, info = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
             model_folder(name),
@@ -100,12 +130,12 @@ def bytes_of(tensor):
 def check_values(name, model, fresh):
     """Refuse a checkpoint with nan or infinity in it; draw a new tensor again that came out wild.
 
-    transformers leaves some new tensors uninitialised (Longformer's LM head: 1e37 was seen).
+    transformers leaves some new tensors uninitialized (Longformer's LM head: 1e37 was seen).
     """
     for key, tensor in model.named_parameters():
         low, high = tensor.aminmax()  # nan if one is; isfinite() would copy the largest matrix
         if key in fresh and not -1e4 < low <= high < 1e4:
-            say(f"--model {name}: {key} is missing and came uninitialised; drawn again")
+            say(f"--model {name}: {key} is missing and came uninitialized; drawn again")
             tensor.zero_() if tensor.ndim < 2 else tensor.normal_(0, 0.02)
         elif not -math.inf < low <= high < math.inf:
             fail(f"--model {name}: {key} holds nan or infinity; the checkpoint is broken")
@@ -141,15 +171,22 @@ def checkpoint_activations(name, model):
 
 
 def is_linear(module):
-    """nn.Linear, GPT-2's Conv1D (transposed), or a frozen stand-in: 4-bit layers have no keys."""
+    """nn.Linear, GPT-2's Conv1D (transposed), or a frozen stand-in such as a 4-bit layer."""
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
         return True
-    return hasattr(module, "merged_weight") and not module.keys
+    return isinstance(module, StandIn) and not module.keys
 
 
 def weight_of(layer):
     """A linear layer's weight as (out, in), whichever way round the layer stores it."""
     return layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight
+
+
+def features(layer):
+    """A linear layer's (in, out) widths; a 4-bit layer is not unpacked for them."""
+    if type(layer).__name__ == "Conv1D":
+        return tuple(layer.weight.shape)
+    return layer.in_features, layer.out_features
 
 
 def block_linears(model):
@@ -174,76 +211,81 @@ def layer_names(model):
     return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)}))
 
 
-def longest_row(config, pad):
-    """How many tokens a row may have: fields that are -1, None or 0 are no limit."""
-    positions, kind = getattr(config, "max_position_embeddings", None), config.model_type
-    if not isinstance(positions, int) or positions <= 0:
-        return 10**9
-    if "roberta" in kind or kind in ("camembert", "mpnet", "longformer", "xmod", "data2vec-text"):
-        return positions - pad - 1  # they count positions from there
-    return positions
+def longest_input(config, model=None):
+    """How many tokens an example may have; 10⁹ where the model has no table of positions.
+
+    A position table with a padding index counts positions from there on (RoBERTa, ESM, Luke): that
+    is known of a `model` only, not of a config.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    limit = limit if isinstance(limit, int) and limit > 0 else 10**9  # XLNet has -1
+    for name, module in model.named_modules() if model else []:
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx:
+            limit = min(limit, module.num_embeddings - module.padding_idx - 1)
+    return limit
 
 
-def adapters(model):
-    """The modules that stand in for a linear layer: {path: module with keys, merged_weight()}."""
-    found = {}
+def check_length(run, config, model=None):
+    """End the program where --max_length is not what the model can take."""
+    longest = longest_input(config, model)
+    if not 4 <= run.max_length <= longest:
+        fail(f"--max_length {run.max_length}: {run.model} takes 4 to {longest:,} tokens")
+
+
+def stand_ins(model):
+    """{path: module} of the modules in the place of a linear layer, without those inside one."""
+    modules = {}
     for name, module in model.named_modules():  # parents first
-        part_of_another = any(name.startswith(f"{outer}.") for outer in found)
-        if hasattr(module, "merged_weight") and not part_of_another:
-            found[name] = module
-    return found
+        inside = any(name.startswith(f"{outer}.") for outer in modules)
+        if isinstance(module, StandIn) and not inside:
+            modules[name] = module
+    return modules
 
 
 @contextlib.contextmanager
 def as_plain_linears(model, merged, dtype):
-    """Inside, every adapter is one ordinary linear layer: merged, or of the base's weight alone."""
-    found = adapters(model)
-    for path, module in found.items():
-        layer = getattr(module, "base", module)
-        weight = module.merged_weight() if merged else weight_of(layer).float()
+    """Inside, every stand-in is an ordinary linear layer: merged, or of the base's weight alone."""
+    modules = stand_ins(model)
+    for path, module in modules.items():
+        base = module.base if isinstance(module, AdapterLayer) else module
+        weight = module.merged_weight() if merged else weight_of(base).float()
         plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         weight = weight.detach().to(dtype, copy=True)
         plain.weight = nn.Parameter(weight, requires_grad=False)
-        plain.bias = layer.bias
+        plain.bias = base.bias
         model.set_submodule(path, plain.train(module.training))
     try:
         yield model
     finally:
-        for path, module in found.items():
+        for path, module in modules.items():
             model.set_submodule(path, module)
 
 
-def compute_read_rows_only(model, task, read, reads_last):
-    """Have the last layer compute, after attention, only the rows that the head reads. Exact.
+class FP32Logits(torch.autograd.Function):
+    """x·Wᵀ in fp32 for a frozen bf16 W (vocabulary, hidden), which is converted in pieces."""
 
-    read(): the flat positions (R,) that are read of the batch at hand. Encoders stay cut from there
-    on. A decoder's residual stream stays whole, and the cut rows broadcast onto it: the row that is
-    read is right, nobody looks at the others. A causal LM reads every row; there, and for models
-    without an entry in AFTER_ATTENTION, rows are picked before the LM head alone, whose logits
-    would be most of the memory. Returns whether the last layer is cut.
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return torch.cat([F.linear(x, part.float()) for part in weight.split(2**14)], dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pieces = zip(grad.split(2**14, dim=-1), ctx.weight.split(2**14), strict=True)
+        return sum(delta @ part.float() for delta, part in pieces), None
+
+
+def compute_logits_in_fp32(layer):
+    """Take the linear layer that computes the logits out of autocast, in place.
+
+    Autocast would round each logit to bf16's 8 bits, before the loss can be taken in fp32.
     """
-    classify = task == "classification"
 
-    def pick(x):  # (B, L, hidden) -> (B, 1, hidden), or (1, R, hidden) for a language model
-        rows = x.flatten(0, 1)[read()]
-        return rows[:, None] if classify else rows[None]
+    def forward(x):
+        with torch.autocast(x.device.type, enabled=False):
+            if layer.weight.dtype == torch.float32:
+                return F.linear(x.float(), layer.weight, layer.bias)
+            y = FP32Logits.apply(x.float(), layer.weight)
+            return y if layer.bias is None else y + layer.bias
 
-    def before(module, inputs):
-        return tuple(pick(x) for x in inputs)
-
-    def after(module, inputs, output):
-        output.last_hidden_state = pick(output.last_hidden_state)
-        return output
-
-    def everywhere(module, inputs):  # the head looks for its row by the pad token: any is right now
-        return pick(inputs[0]).expand(inputs[0].shape)
-
-    name = AFTER_ATTENTION.get(model.config.model_type)
-    if name and task != "clm":
-        found = [m for n, m in model.base_model.named_modules() if n.endswith(f".{name}")]
-        found[-1].register_forward_pre_hook(before)
-    elif not classify:
-        model.base_model.register_forward_hook(after)
-    if classify and reads_last and isinstance(getattr(model, "score", None), nn.Linear):
-        model.score.register_forward_pre_hook(everywhere)
-    return name is not None and task != "clm"
+    layer.forward = forward

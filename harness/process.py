@@ -1,4 +1,4 @@
-"""The process around a run: one-line errors, torchrun, signals, memory that does not suffice.
+"""The process around a run: one-line errors, device, torchrun, signals, running out of memory.
 
 torch is imported where it is needed, so that compare.py, which needs none, starts quickly.
 """
@@ -8,7 +8,10 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def fail(message, status=2):
@@ -22,52 +25,81 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def rank():
+def is_our_mistake(error):
+    """Whether an exception was raised in a line of this repository, not inside a library."""
+    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    return ROOT in file.parents and "site-packages" not in file.parts
+
+
+@contextlib.contextmanager
+def library_errors(message, status=2):
+    """Turn an error raised inside a library into one line, `message` and the error's first line.
+
+    An error raised in our own code stays an exception, so that its traceback names file and line.
+    """
+    try:
+        yield
+    except Exception as error:  # the libraries raise every kind of exception
+        if is_our_mistake(error):
+            raise
+        fail(f"{message} ({type(error).__name__}: {first_line(error)})", status)
+
+
+def process_index():
     """This process's number under torchrun, 0 when there is only one."""
     return int(os.environ.get("RANK", 0))
 
 
-def world():
+def process_count():
     """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(*words):
-    """Print, once however many processes there are."""
-    if rank() == 0:
+    """Print once, however many processes there are."""
+    if process_index() == 0:
         print(*words, flush=True)
 
 
-def find_device(name):
-    """The device that --device means, tried out, as a string; under torchrun each process's own.
+def choose_device(args):
+    """Set args.device to the device that --device means, and args.precision where it is "auto".
 
-    Joins the process group where torchrun started several. Status 2 where it is not to be had.
+    Tries the device out: status 2 where it is not available. Under torchrun every process gets the
+    GPU of its number.
     """
     import torch
-    import torch.distributed as dist
 
+    name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with library_errors(f"--device {name}: not available"):
         kind = torch.device(name).type
-        if kind == "cuda" and world() > 1:
+        if kind == "cuda" and process_count() > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.empty(1, device=name).item()
         if kind == "cuda" and ":" in name:
-            torch.cuda.set_device(name)  # or events and all-reduces would go to the first one
-    except Exception as error:  # each backend has its own way to say that it is not there
-        fail(f"--device {name}: not to be had here ({first_line(error)})")
+            torch.cuda.set_device(name)  # or events and all-reduces would use the first GPU
     if kind not in ("cpu", "cuda"):
-        fail(f"--device {name}: only cpu and cuda are measured here")
-    if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        fail(f"--device {name}: only cpu and cuda are supported")
+    args.device = name
+    if args.precision == "auto":
+        cuda = kind == "cuda"
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if bf16 else "fp32"
+
+
+def join_process_group(args):
+    """Connect the processes that torchrun started; does nothing for a single process."""
+    import torch.distributed as dist
+
+    if process_count() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if "cuda" in args.device else "gloo")
         atexit.register(dist.destroy_process_group)
-    return name
 
 
 def agree(value):
     """The first process's value in every process: it alone reads files."""
-    if world() == 1:
+    if process_count() == 1:
         return value
     import torch.distributed as dist
 
@@ -77,30 +109,30 @@ def agree(value):
 
 
 def one_line_on_interrupt():
-    """Have Ctrl-C end the program with one line, where no training catches it."""
-    if world() == 1:
-        signal.signal(signal.SIGINT, lambda number, frame: fail("stopped", 128 + number))
+    """Have Ctrl-C end the program with one line, outside training, which handles it itself."""
+    line = "stopped; the same command continues"
+    if process_count() == 1:
+        signal.signal(signal.SIGINT, lambda number, frame: fail(line, 128 + number))
 
 
 @contextlib.contextmanager
 def stop_signals():
     """Collect Ctrl-C and SIGTERM in a list, so that training stops after a whole step.
 
-    A second one stops at once. torchrun ends its processes itself.
+    A second signal stops at once. Under torchrun nothing is collected: it ends its processes.
     """
-    got = []
+    received = []
 
     def note(number, frame):
-        if got:
-            fail(
-                "stopped at once; the same command continues from the last checkpoint", 128 + number
-            )
-        got.append(number)
+        if received:
+            line = "stopped at once; the same command continues from the last checkpoint"
+            fail(line, 128 + number)
+        received.append(number)
 
-    kinds = (signal.SIGINT, signal.SIGTERM) if world() == 1 else ()
+    kinds = (signal.SIGINT, signal.SIGTERM) if process_count() == 1 else ()
     before = {kind: signal.signal(kind, note) for kind in kinds}
     try:
-        yield got
+        yield received
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
@@ -108,7 +140,7 @@ def stop_signals():
 
 @contextlib.contextmanager
 def explain_out_of_memory(run, scoring=None):
-    """Turn running out of memory into one line: what makes a run smaller, or `scoring`, a flag."""
+    """Turn running out of memory into one line: which flags need less, or `scoring`, a flag."""
     import torch
 
     try:
@@ -120,5 +152,5 @@ def explain_out_of_memory(run, scoring=None):
         half, twice = max(1, run.batch_size // 2), run.grad_accum * 2
         training = f"--batch_size {half} with --grad_accum {twice}, --max_length below "
         training += f"{run.max_length}, --checkpointing"
-        what = f"{scoring}; what is trained is kept" if scoring else training
-        fail(f"out of memory on {run.device}; smaller: {what}", status=1)
+        advice = f"{scoring}; the trained weights are saved" if scoring else training
+        fail(f"out of memory on {run.device}; these flags need less: {advice}", status=1)

@@ -1,4 +1,4 @@
-"""Raw rows from parquet, csv, tsv or json files, the hub or the demo: checked, cut, tokenised.
+"""Raw rows from parquet, csv, tsv or json files, the hub or the demo: checked, cut, tokenized.
 
 What cannot be used ends the program with one line that names the flag, the split and the row.
 """
@@ -95,7 +95,7 @@ def cut(rows, among, size, generator):
     return picked, [row for row in among if rows.plain[row] not in gone]
 
 
-def tokenise(texts, tokenizer, what, pairs=None, offsets=False, **options):
+def tokenize(texts, tokenizer, what, pairs=None, offsets=False, **options):
     """Token ids of every text or pair, a thousand at a time, with a bar where a person watches.
 
     `offsets` adds no special tokens and returns (ids, offsets), offsets (first, end) in characters.
@@ -108,7 +108,7 @@ def tokenise(texts, tokenizer, what, pairs=None, offsets=False, **options):
     if words:
         options |= {"return_special_tokens_mask": True}
     ids, places = [], []
-    for i in tqdm(range(0, len(texts), 1000), f"tokenising {what}", disable=None, leave=False):
+    for i in tqdm(range(0, len(texts), 1000), f"tokenizing {what}", disable=None, leave=False):
         part = slice(i, i + 1000)
         found = tokenizer(texts[part], pairs[part] if pairs else None, **options)
         for row, added in zip(

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from harness.process import fail, say
-from harness.rows import cut, load_tokenizer, read_rows, tokenise
+from harness.rows import cut, load_tokenizer, read_rows, tokenize
+
+COLUMNS = ("tokens", "labels", "scorable", "types")  # of a Split, beside its starts
 
 
 def seed_for(*names):
@@ -35,6 +38,27 @@ class Split:
     starts: torch.Tensor  # (rows + 1,) int64
     labels: torch.Tensor | None  # (rows,) int64
     scorable: torch.Tensor | None  # (total,) bool, of running text: not added, not unknown
+    types: torch.Tensor | None = None  # (total,) int8, segment ids where the tokenizer gives some
+
+    @classmethod
+    def concatenate(cls, splits):
+        """One Split of the examples of several."""
+        columns = [[getattr(split, name) for split in splits] for name in COLUMNS]
+        tokens, labels, scorable, types = (
+            None if parts[0] is None else torch.cat(parts) for parts in columns
+        )
+        starts = F.pad(torch.cat([split.lengths for split in splits]).cumsum(0), (1, 0))
+        return cls(tokens, starts, labels, scorable, types)
+
+    def example(self, i):
+        """A Split of example i alone."""
+        begin, end = self.starts[i], self.starts[i + 1]
+        labels = None if self.labels is None else self.labels[i : i + 1]
+        tokens, scorable, types = (
+            None if part is None else part[begin:end]
+            for part in (self.tokens, self.scorable, self.types)
+        )
+        return Split(tokens, torch.tensor([0, end - begin]), labels, scorable, types)
 
     @property
     def lengths(self):
@@ -96,7 +120,7 @@ def split_rows(run, rows, tokenizer, pad):
                 values += [part[key][row] for row in numbers] if part[key] else []
         pairs = columns["pair"] or None
         options = {"truncation": True, "max_length": run.max_length}
-        ids = tokenise(columns["text"], tokenizer, name, pairs, **options)
+        ids = tokenize(columns["text"], tokenizer, name, pairs, **options)
         # A decoder's tokenizer makes nothing of an empty text.
         return Split(*flat([row or [pad] for row in ids]), torch.tensor(columns["label"]), None)
 
@@ -155,7 +179,7 @@ def read_streams(model, dataset, data_dir):
         lines = [text.rstrip("\n") + "\n" for text in part["text"] if text.strip()]
         if not lines:
             fail(f"--dataset {dataset}: the {name} split has no text in it")
-        ids, offsets = tokenise(lines, tokenizer, name, offsets=True)
+        ids, offsets = tokenize(lines, tokenizer, name, offsets=True)
         parts = []
         for line, tokens, places in zip(lines, ids, offsets, strict=True):
             tokens, places = np.array(tokens, np.int32), np.array(places, int).reshape(-1, 2)

@@ -14,8 +14,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from harness.models import adapters
-from harness.process import agree, fail, first_line, rank, say, world
+from harness.models import AdapterLayer, stand_ins
+from harness.process import agree, fail, first_line, process_count, process_index, say
 
 LIBRARIES = ("torch", "transformers", "datasets", "bitsandbytes")
 
@@ -41,10 +41,10 @@ def finished(run):
     One that was stopped while it was measured goes on: it lacks the costs, and has a checkpoint.
     """
     done = False
-    if rank() == 0 and run.path.exists() and not run.force:
+    if process_index() == 0 and run.path.exists() and not run.force:
         try:
             there = json.loads(run.path.read_text())
-            old = dict(there["flags"])
+            old = dict(there["settings"])
         except (OSError, ValueError, KeyError, TypeError):
             fail(f"{run.path} is not a complete result file; --force replaces it")
         differ = [
@@ -76,19 +76,19 @@ def changing(model):
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
-def identity(run, base, data):
+def identity(run, data, base):
     """What a checkpoint shares with the run that continues it: all but scoring's batch size."""
     kept = {key: value for key, value in run.settings.items() if key != "eval_batch_size"}
-    return json.dumps([kept, run.lr, run.seed, base.sha256, data.description, world()])
+    return json.dumps([kept, run.lr, run.seed, base.sha256, data.description, process_count()])
 
 
-def save_checkpoint(run, base, data, optimizer, history):
+def save_checkpoint(run, data, base, optimizer, history):
     """Write what a stopped run needs. Random numbers depend on (seed, step): none to keep."""
     import torch
 
-    if rank() == 0:
+    if process_index() == 0:
         state = {
-            "run": identity(run, base, data),
+            "run": identity(run, data, base),
             "model": changing(base.model),
             "optimizer": optimizer.state_dict(),
             "history": vars(history),
@@ -97,15 +97,15 @@ def save_checkpoint(run, base, data, optimizer, history):
             torch.save(state, path)
 
 
-def load_checkpoint(run, base, data, optimizer, history):
+def load_checkpoint(run, data, base, optimizer, history):
     """Go on from this run's checkpoint, if there is one; an unusable one is named and left."""
     import torch
 
     path, state = run.path.with_suffix(".checkpoint"), None
-    if rank() == 0 and path.exists():
+    if process_index() == 0 and path.exists():
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["run"] != identity(run, base, data):
+            if state["run"] != identity(run, data, base):
                 raise ValueError("it is of other settings")
         except Exception as error:  # torn files fail in many ways
             say(f"{path}: not usable ({first_line(error)}); starting afresh")
@@ -125,7 +125,7 @@ def adapter_tensors(model):
     """What was trained under PEFT's names: {"base_model.model.<path>.lora_A.weight": tensor, …}."""
     tensors = {
         f"base_model.model.{path}.{key}": getattr(module, name)
-        for path, module in adapters(model).items()
+        for path, module in stand_ins(model).items()
         for name, key in module.keys.items()
     }
     owned = {id(tensor) for tensor in tensors.values()}
@@ -133,6 +133,11 @@ def adapter_tensors(model):
         if tensor.requires_grad and id(tensor) not in owned:
             tensors[f"base_model.model.{name}"] = tensor
     return tensors
+
+
+def base_identity(base, method):
+    """The hash of the frozen weights, and the format that the method keeps them in."""
+    return ":".join(filter(None, [base.sha256, method.base_format]))
 
 
 def save_adapter(run, base, method, task):
@@ -143,21 +148,21 @@ def save_adapter(run, base, method, task):
     tensors = {n: t.detach().cpu().contiguous() for n, t in adapter_tensors(model).items()}
     with replacing(folder / "adapter_model.safetensors", "adapter") as path:
         # One key of metadata: two come in random order.
-        save_file(tensors, path, metadata={"base_sha256": base.sha256 + method.get("stored", "")})
+        save_file(tensors, path, metadata={"base_sha256": base_identity(base, method)})
     size = (folder / "adapter_model.safetensors").stat().st_size
-    if "peft" not in method:
+    if not method.peft:
         return size
     # PEFT saves and loads whole modules: a head's name below the base, "pooler" or "classifier".
     prefix = f"{model.base_model_prefix}."
     heads = sorted({name.removeprefix(prefix).split(".")[0] for name in base.head})
-    layers = [getattr(module, "base", None) for module in adapters(model).values()]
+    layers = [m.base for m in stand_ins(model).values() if isinstance(m, AdapterLayer)]
     config = {
         "task_type": {"classification": "SEQ_CLS", "mlm": None, "clm": "CAUSAL_LM"}[task],
         "base_model_name_or_path": run.settings["model"],
         "inference_mode": True,
         "modules_to_save": heads or None,
         "fan_in_fan_out": any(type(layer).__name__ == "Conv1D" for layer in layers),
-        **method["peft"],
+        **method.peft,
     }
     with replacing(folder / "adapter_config.json", "adapter") as path:
         path.write_text(json.dumps(config, indent=2) + "\n")
@@ -173,7 +178,7 @@ def load_adapter(run, base, method):
     from safetensors import safe_open
     from torch import nn
 
-    folder, ours, model = run.eval_only, method.get("peft", {}), base.model
+    folder, ours, model = run.eval_only, method.peft, base.model
     try:
         config = json.loads((folder / "adapter_config.json").read_text()) if ours else {}
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
@@ -193,22 +198,21 @@ def load_adapter(run, base, method):
         if key in ours and config.get(key) != ours[key]:
             there, here = config.get(key), ours[key]
             fail(f"--eval_only {folder}: {key} is {there} there and {here} here; change {flag}")
-    # "stored": the form in which a method keeps the base, where that is not the checkpoint's own.
-    if sha256 not in (None, base.sha256 + method.get("stored", "")):
+    if sha256 not in (None, base_identity(base, method)):
         other = config.get("base_model_name_or_path", "unnamed")
         fail(
             f"--eval_only {folder}: trained on another base ({other}), not on --model {run.model}, "
             "or for another task, or in other bits; change --model, --dataset or the script"
         )
-    if sha256 is None and "stored" in method:
-        say(f"--eval_only {folder}: scored on the base in {method['stored'][1:]}, as made here")
+    if sha256 is None and method.base_format:
+        say(f"--eval_only {folder}: scored on the base in {method.base_format}, as made here")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    for path, module in adapters(model).items():
+    for path, module in stand_ins(model).items():
         if path in ranks:  # a pruned adapter has fewer components in some layers, at the same scale
             module.A = nn.Parameter(module.A[: ranks[path]].detach().clone())
             module.B = nn.Parameter(module.B[:, : ranks[path]].detach().clone())
     r, alpha = config.get("r"), config.get("lora_alpha")
-    if not all(name in adapters(model) for name in [*ranks, *alphas]) or not all(
+    if not all(name in stand_ins(model) for name in [*ranks, *alphas]) or not all(
         math.isclose(alphas.get(path, alpha) / ranks.get(path, r), alpha / r, rel_tol=1e-6)
         for path in [*ranks, *alphas]
     ):
@@ -265,7 +269,7 @@ def environment(run):
         if cuda
         else f"cpu {platform.machine()}",
         "cpu": cpu[1] if cpu else platform.processor() or None,
-        "processes": world(),
+        "processes": process_count(),
         "threads": torch.get_num_threads(),
         "precision": run.precision,
         "load_average": os.getloadavg()[0],
@@ -274,17 +278,17 @@ def environment(run):
     }
 
 
-def save_result(base, data, run, method, history, scores, costs=None):
+def save_result(run, data, base, method, history, scores, costs=None):
     """Write the adapter and, last, the result file, so that a result means a finished run.
 
     Called twice: with the scores alone before anything is measured, so that nothing after training
     can lose it, and with the costs. Returns the result's path.
     """
-    if rank() != 0:
+    if process_index() != 0:
         return run.path
-    info = method.get("info", dict)() if costs else {}  # it computes: not before all is safe
+    report = method.report() if costs else {}  # expensive, so only after the scores are on disk
     result = {
-        "schema": 2,
+        "schema": 3,
         "method": run.method,
         "name": run.name,
         "dataset": run.settings["dataset"],
@@ -292,25 +296,24 @@ def save_result(base, data, run, method, history, scores, costs=None):
         "lr": run.lr,
         "seed": run.seed,
         "untrained": history.step == 0,
-        "flags": run.settings,
-        "settings": run.settings | method.get("settings", {}),
+        "diverged": history.diverged or scores["diverged"],
+        "settings": run.settings,
+        "peft": method.peft or None,
         "data": data.description,
         "base": {"sha256": base.sha256, "weights": base.weights},
         "metrics": scores["metrics"] | {"merged": (costs or {}).pop("merged", None)},
-        "rows": scores["rows"],
+        "test_examples": scores["test_examples"],
         "curve": history.curve,
         "memory": {},
         "flops": {},
         "inference": [],
         **(costs or {}),
-        "info": info,
+        "report": report,
         "environment": environment(run),
         "command": run.command,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     adapter = save_adapter(run, base, method, data.task)
-    if costs and "sparsity" in info:
-        result["parameters"]["sparsity"] = info.pop("sparsity")
     if costs:
         result["disk"] = {"adapter": adapter, **costs["disk"]}
     with replacing(run.path, "result") as path:

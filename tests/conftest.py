@@ -20,7 +20,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import common
+import baseline
+import contextual_lora
 import hira
 import hybrid
 import lora
@@ -36,17 +37,17 @@ WORDS = (
     "mat"
 ).split()
 EVERY = {  # each way of training: its script and flags
-    "head only": (common, []),
-    "full": (common, ["--full", "--lr", 1e-4]),
+    "head only": (baseline, []),
+    "full": (baseline, ["--full", "--lr", 1e-4]),
     "lora": (lora, []),
     "hira": (hira, []),
-    "qlora": (qlora, ["--nf4_backend", "torch"]),
+    "qlora": (qlora, ["--nf4_kernel", "torch"]),
     "prune": (sparse_lora, []),
-    "contextual": (sparse_lora, ["--mode", "contextual", "--dense_layers", 0]),
-    "qhira": (hybrid, ["--nf4_backend", "torch"]),
+    "contextual": (contextual_lora, ["--dense_layers", 0]),
+    "qhira": (hybrid, ["--nf4_kernel", "torch"]),
     "sparse qlora": (
         hybrid,
-        ["--update", "contextual", "--dense_layers", 0, "--nf4_backend", "torch"],
+        ["--update", "contextual", "--dense_layers", 0, "--nf4_kernel", "torch"],
     ),
 }
 
@@ -62,21 +63,22 @@ def ready(module, out, *words):
     """What main makes of a command line before it trains: (run, data, base, method)."""
     words = ["--out", out, *words]
     args = module.parse_args(module.__doc__, module.__file__, module.add_args, words)
+    module.choose_device(args)
     run = next(module.runs(args))
     data = module.load_data(run)
     base = module.load_base(run, data)
-    return run, data, base, module.adapt(base, run)
+    return run, data, base, module.adapt(run, base)
 
 
 def trained(module, out, *words):
     """A run up to the end of training: (run, data, base, method, history)."""
     run, data, base, method = ready(module, out, *words)
-    return run, data, base, method, module.train(base, data, run, method)
+    return run, data, base, method, module.train(run, data, base, method)
 
 
 def result_of(module, out, *words):
     """Run main for one seed and rate without timing: the result file as a dict, and its path."""
-    [path] = module.main(["--out", out, "--no_timing", *words])
+    [path] = module.main(["--out", out, *words])
     return json.loads(path.read_text()), path
 
 
@@ -93,7 +95,7 @@ def text_flags(models, text_dir, kind="distilbert", head="MaskedLM"):
 def stir(base):
     """Move B away from zero, where A has no gradient."""
     torch.manual_seed(5)
-    for module in library.adapters(base.model).values():
+    for module in library.stand_ins(base.model).values():
         if "B" in module.keys:  # an NF4 layer has nothing of the kind
             module.B.data.normal_(0, 0.2)
 

@@ -65,7 +65,7 @@ def in_peft(run, data, base, batch):
         run.model, num_labels=len(data.classes), dtype=torch.float32
     )
     model.config.pad_token_id = data.pad
-    for path, module in base.model.named_modules():  # QLoRA's oracle is the dequantised base
+    for path, module in base.model.named_modules():  # QLoRA's oracle is the dequantized base
         if hasattr(module, "packed"):
             layer = model.get_submodule(path.removesuffix(".base"))
             library.weight_of(layer).copy_(module.weight)

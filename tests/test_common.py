@@ -520,7 +520,7 @@ def bits(text, n):
     ],
 )
 def test_metrics_against_counting(monkeypatch, labels, predictions, classes):
-    """score, summarise and evaluate over planted logits, rows of unlike length."""
+    """score, summarize and evaluate over planted logits, rows of unlike length."""
     labels, predictions = (torch.as_tensor(each).tolist() for each in (labels, predictions))
     n = len(labels)
     split = Split(*flat([[i] * (1 + i % 3) for i in range(n)]), torch.tensor(labels), None)

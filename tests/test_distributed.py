@@ -87,7 +87,7 @@ TRAINED = [
 ]
 METHODS = {  # 33 rows in global batches of 16: the last has one row, none for the second process
     "lora": ["lora.py"],
-    "qlora": ["qlora.py", "--nf4_backend", "torch"],
+    "qlora": ["qlora.py", "--nf4_kernel", "torch"],
     "hira": ["hira.py"],
     "prune": ["sparse_lora.py", "--penalty", 0.05],
     "full": ["common.py", "--full", "--lr", 5e-4],

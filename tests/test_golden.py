@@ -41,7 +41,7 @@ def test_thirty_steps_are_the_stored_ones(case, models, reviews, text_dir, tmp_p
     else:
         data_flags = text_flags(models, text_dir, kind, "MaskedLM" if task == "mlm" else "CausalLM")
     run, data, base, _, history = trained(module, tmp_path, *data_flags, *STEPS, *flags, *more)
-    scores = module.evaluate(base, data, run)["metrics"]
+    scores = module.evaluate(run, data, base)["metrics"]
     numbers = {"losses": [loss for *_, loss in history.curve], "dev": scores["dev"]}
     numbers["test"] = scores["test"]
     stored = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}

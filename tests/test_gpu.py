@@ -94,7 +94,7 @@ def test_nf4_is_the_same_on_cpu_and_gpu_and_by_bitsandbytes(double):
         for backend, device in (("torch", "cpu"), ("torch", "cuda"), ("bitsandbytes", "cuda"))
     ]
     assert torch.equal(made[0].packed, made[1].packed.cpu())
-    first, *others = (layer.dequantised(torch.float32).cpu() for layer in made)
+    first, *others = (layer.dequantized(torch.float32).cpu() for layer in made)
     for other in others:  # a scale's code may differ by one; so may a weight's, midway between two
         far = (other - first).abs() > 2e-3 * first.abs().max()
         assert far.float().mean() < 1e-4
@@ -123,9 +123,9 @@ def test_the_model_of_the_run_before_is_freed_before_the_next_moves(models, revi
     assert old() is None
 
 
-def test_quantised_layers_lie_on_the_gpu_at_once(models, reviews, tmp_path):
+def test_quantized_layers_lie_on_the_gpu_at_once(models, reviews, tmp_path):
     *_, base, _ = ready(*EVERY["qlora"][:1], tmp_path, *rows_flags(models, reviews))
-    layers = [m for m in library.adapters(base.model).values() if hasattr(m, "packed")]
+    layers = [m for m in library.stand_ins(base.model).values() if hasattr(m, "packed")]
     assert layers and all(layer.packed.is_cuda for layer in layers)
 
 

@@ -220,7 +220,7 @@ def test_info_reports_the_ranks_of_the_update(kind, models, reviews, tmp_path):
     run, data, base, method = ready(hira, tmp_path, *words)
     assert set(method["info"]()["rank_of_update"].values()) == {0}  # B is zero
     stir(base)
-    ranks, layers = method["info"]()["rank_of_update"], library.adapters(base.model)
+    ranks, layers = method["info"]()["rank_of_update"], library.stand_ins(base.model)
     assert ranks.keys() == layers.keys() and min(ranks.values()) > run.rank
     for name, layer in layers.items():
         update = dense_weight(layer) - library.weight_of(layer.base)

@@ -28,7 +28,7 @@ def step(module, base, data, run, method):
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert", "llama"])
 @pytest.mark.parametrize("name", PARENT)
-def test_equals_its_parent_on_the_dequantised_weights(name, kind, models, reviews, tmp_path):
+def test_equals_its_parent_on_the_dequantized_weights(name, kind, models, reviews, tmp_path):
     module, flags = EVERY[name]
     words = rows_flags(models, reviews, kind)
     run, data, base, method = ready(module, tmp_path, *words, *flags)

@@ -245,7 +245,7 @@ def test_only_steps_are_on_the_clock(clock, models, reviews, tmp_path, monkeypat
 def test_step_statistics_against_numpy(steps, monkeypatch):
     laps = np.random.default_rng(steps).uniform(0.5, 2, steps).tolist()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    found = meters.summarise_time(laps, 25, [(4, 40), (3, 21)] if steps else [])
+    found = meters.summarize_time(laps, 25, [(4, 40), (3, 21)] if steps else [])
     warm = 1000 * np.array(laps[min(10, steps // 5) :] or [0])  # without the first ones
     assert list(found["step_ms"].values()) == pytest.approx(np.percentile(warm, [50, 10, 90]))
     assert found["epoch_seconds"] == [sum(laps[i : i + 25]) for i in range(0, steps, 25)]

@@ -140,7 +140,7 @@ def test_start_merging_and_counts(name, kind, models, reviews, tmp_path):
     run, data, base, _ = ready(module, tmp_path, *rows_flags(models, reviews, kind), *flags)
     model, batch = base.model.eval(), batch_of(data)
     trained = common.trained_tensors(model)
-    found = {path: layer for path, layer in library.adapters(model).items() if layer.keys}
+    found = {path: layer for path, layer in library.stand_ins(model).items() if layer.keys}
     assert set(trained) == {f"{path}.{key}" for path in found for key in "AB"} | set(base.head)
     assert all(tensor.dtype == torch.float32 for tensor in model.parameters())
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_start_merging_and_counts(name, kind, models, reviews, tmp_path):
         before, modules = common.forward(base, batch), dict(model.named_modules())
         assert (before - start).abs().max() > 1e-3
         with library.as_plain_linears(model, True, torch.float32):
-            assert not library.adapters(model)
+            assert not library.stand_ins(model)
             torch.testing.assert_close(common.forward(base, batch), before, atol=1e-5, rtol=1e-4)
         with pytest.raises(KeyError), library.as_plain_linears(model, True, torch.bfloat16):
             raise KeyError
@@ -210,7 +210,7 @@ def test_targets_by_name_by_end_and_by_commas(models, reviews, tmp_path, capfd):
             assert code == 2 and "k_lin, lin1, lin2, out_lin, q_lin, v_lin" in error
             continue
         run, data, base, method = ready(lora, tmp_path, *words, *flags)
-        assert len(library.adapters(base.model)) == count and method["settings"]["targets"]
+        assert len(library.stand_ins(base.model)) == count and method["settings"]["targets"]
     with pytest.raises(RuntimeError, match="has adapters already"):
         lora.adapt(base, run)
 

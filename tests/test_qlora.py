@@ -336,7 +336,7 @@ def test_any_linear_layer_can_be_a_target(kind, targets, architecture, reviews, 
     words = ["--dataset", reviews, "--model", architecture(kind), "--max_length", 24]
     words += ["--targets", *targets, "--max_steps", 2, "--nf4_backend", "torch"]
     run, data, base, _, _ = trained(qlora, tmp_path, *words)
-    layers = library.adapters(base.model).values()
+    layers = library.stand_ins(base.model).values()
     layers = [layer for layer in layers if isinstance(layer, qlora.QLoRALinear)]
     plain = [layer for layer in layers if isinstance(layer.base, nn.Linear)]
     assert len(plain) == (kind == "bert") and len(layers) > 3

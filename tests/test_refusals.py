@@ -55,7 +55,7 @@ def test_broken_weights_are_named(value, reviews, tmp_path, capfd):
     assert code == 2 and "encoder.layer.1.output.dense.weight" in error
 
 
-def test_new_tensors_that_come_uninitialised_are_drawn_again(tmp_path):
+def test_new_tensors_that_come_uninitialized_are_drawn_again(tmp_path):
     from harness.models import check_values
 
     model = torch.nn.Linear(4, 4)
@@ -86,7 +86,7 @@ def test_a_library_error_is_one_line(reviews, tmp_path, capfd):
 def test_layers_whose_output_a_model_changes_in_place(module, reviews, tmp_path):
     """Longformer divides its queries in place."""
     folder = write(tmp_path / "longformer", "AutoModel", "longformer", attention_window=16)
-    flags = ["--nf4_backend", "torch"] if module is qlora else []
+    flags = ["--nf4_kernel", "torch"] if module is qlora else []
     run, data, base, method = ready(module, tmp_path, *rows(reviews, folder), *flags)
     assert module.train(base, data, run, method).step == 2
 
@@ -94,9 +94,9 @@ def test_layers_whose_output_a_model_changes_in_place(module, reviews, tmp_path)
 def test_experts_outside_linear_layers_are_told(reviews, tmp_path, capsys):
     fields = {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}
     folder = write(tmp_path / "mixtral", "AutoModelForCausalLM", "mixtral", "llama", **fields)
-    *_, method = ready(qlora, tmp_path, *rows(reviews, folder), "--nf4_backend", "torch")
+    *_, method = ready(qlora, tmp_path, *rows(reviews, folder), "--nf4_kernel", "torch")
     experts = 2 * 4 * 3 * 32 * 64  # layers · experts · matrices
-    assert method["info"]()["weights_not_quantised"] == experts
+    assert method["info"]()["weights_not_quantized"] == experts
     assert f"not in NF4: {experts:,} weights" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ from conftest import WORDS, ready, result_of, rows_flags, sentences, tiny_tokeni
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import lora
-from harness.rows import Rows, cut, read_rows, tokenise
+from harness.rows import Rows, cut, read_rows, tokenize
 
 TEXTS, LABELS = sentences(40, 0)
 NAMES = [["bad", "good"][label] for label in LABELS]
@@ -277,11 +277,11 @@ def test_cut_of_pairs():
         assert len(picked) == 3 and rest == [row for row in range(6) if kinds[row] not in gone]
 
 
-def test_tokenising_loses_nothing_between_its_thousands():
+def test_tokenizing_loses_nothing_between_its_thousands():
     tokenizer = tiny_tokenizer("bert")
     texts = [" ".join(["the", *WORDS[i % 7 : i % 11]]) for i in range(2345)]
     wanted = [tokenizer(*both)["input_ids"] for both in zip(texts, texts[::-1], strict=True)]
-    assert tokenise(texts, tokenizer, "train", texts[::-1]) == wanted
+    assert tokenize(texts, tokenizer, "train", texts[::-1]) == wanted
 
 
 SPELLED = "the [SEP] film [CLS] [MASK] [PAD]"
@@ -292,15 +292,15 @@ def test_special_tokens_inside_a_text_are_text(capsys):
     tokenizer = tiny_tokenizer("distilbert")
     the, film, unknown = tokenizer.convert_tokens_to_ids(["the", "film", "[UNK]"])
     row = [the, *[unknown] * 3, film, *[unknown] * 9]  # `[`, `sep` and `]` are no words of its own
-    assert tokenise([SPELLED], tokenizer, "train") == [[2, *row, 3]]
+    assert tokenize([SPELLED], tokenizer, "train") == [[2, *row, 3]]
     tokenizer.backend_tokenizer.normalizer = None
     tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     row = [the, unknown, film, *[unknown] * 3]
-    assert tokenise([SPELLED, "the"], tokenizer, "train") == [[2, *row, 3], [2, the, 3]]
-    ids, places = tokenise([SPELLED], tokenizer, "train", offsets=True)
+    assert tokenize([SPELLED, "the"], tokenizer, "train") == [[2, *row, 3], [2, the, 3]]
+    ids, places = tokenize([SPELLED], tokenizer, "train", offsets=True)
     assert ids == [row] and SPELLED[slice(*places[0][1])] == "[SEP]"
     tokenizer.unk_token = None
-    error = refused(capsys, tokenise, [SPELLED], tokenizer, "train")
+    error = refused(capsys, tokenize, [SPELLED], tokenizer, "train")
     assert error == "--model: its tokenizer has no way to read [SEP] as text"
 
 

@@ -56,7 +56,7 @@ def pruning(models, reviews, out, *flags, kind="distilbert"):
     words = [*rows_flags(models, reviews, kind), "--rank", 4, "--lr", 0.02, "--batch_size", 8]
     run, data, base, method = ready(sparse_lora, out, *words, *flags)
     stir(base)
-    return run, data, base, method, library.adapters(base.model)
+    return run, data, base, method, library.stand_ins(base.model)
 
 
 def test_without_sparsity_and_penalty_it_is_lora_bit_for_bit(models, reviews, tmp_path):
@@ -403,5 +403,5 @@ def test_attention_targets_may_end_as_feed_forward_layers_do(words_of, tmp_path)
     """`attention.output.dense` is not `output.dense` of the feed-forward layer."""
     flags = ["--targets", "attention.output.dense"]
     _, _, base, blocks = started(sparse_lora, words_of("bert"), tmp_path, *flags)
-    assert sum(bool(module.keys) for module in library.adapters(base.model).values()) == 3
+    assert sum(bool(module.keys) for module in library.stand_ins(base.model).values()) == 3
     assert [*blocks] == [f"bert.encoder.layer.{i}.output.dense" for i in (0, 1)]

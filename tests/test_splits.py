@@ -204,10 +204,10 @@ def by_text(monkeypatch):
     """Let a row's tokens be its text's own number, whatever the tokenizer; returns the texts."""
     texts = {}
 
-    def tokenise(rows, *_, **__):
+    def tokenize(rows, *_, **__):
         return [[texts.setdefault(text, len(texts))] for text in rows]
 
-    monkeypatch.setattr(splits, "tokenise", tokenise)
+    monkeypatch.setattr(splits, "tokenize", tokenize)
     return texts
 
 

@@ -272,7 +272,7 @@ def test_eval_only_wants_the_base_that_was_trained_on(saved, models, tmp_path, c
     other = [*words, "--model", models("distilbert", vocab_size=60), "--eval_only", folder]
     code, error = ended(capfd, lora, *other)
     assert code == 2 and "another base" in error
-    code, error = ended(capfd, qlora, *words, "--nf4_backend", "torch", "--eval_only", folder)
+    code, error = ended(capfd, qlora, *words, "--nf4_kernel", "torch", "--eval_only", folder)
     assert code == 2 and "in other bits" in error
     code, error = ended(capfd, lora, *words, "--eval_only", tmp_path)
     assert code == 2 and "no adapter that can be read" in error
@@ -281,7 +281,7 @@ def test_eval_only_wants_the_base_that_was_trained_on(saved, models, tmp_path, c
 def test_a_foreign_adapter_on_a_4_bit_base_is_told(saved, tmp_path, capsys):
     words, folder = saved
     foreign = edit(folder, tmp_path / "foreign")  # as PEFT writes it: no hash of the base
-    words = [*words, "--nf4_backend", "torch", "--eval_only", foreign]
+    words = [*words, "--nf4_kernel", "torch", "--eval_only", foreign]
     qlora.main([*map(str, words), "--out", str(tmp_path)])
     assert "scored on the base in nf4" in capsys.readouterr().out
 

@@ -1,0 +1,339 @@
+"""Contextual LoRA: in training, frozen layers compute only the channels that matter for a batch.
+
+Paper: Khaki et al. 2025, "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sparsity", arXiv
+2506.16500 (we call it contextual, because sparse_lora.py prunes the adapter).
+
+    y = W0[picked]·x + b              picked: the channels of a feed-forward layer with the largest
+                                      ‖act(x·W1ᵀ + b1)‖ over the tokens of the batch (section 3.1)
+    python contextual_lora.py --dataset imdb
+
+The wide middle of a block's feed-forward layer has thousands of channels, and for one batch most of
+them contribute little. In each training step every sliced block scores its channels on a sample of
+the batch's tokens and computes only the best ones, forward and backward. The LoRA branch stays
+dense, and so do the first steps, evaluation and merging.
+
+Channels are picked once a step, on the first examples of the global batch (SAMPLED_TOKENS of them),
+and kept for all of its parts: --batch_size, --grad_accum and the device change no result. Under
+torchrun each process picks for its own examples.
+
+Departures from the paper, which treats decoders of 7B weights and more: all about encoders is our
+extrapolation. [CLS], or the masked tokens that are scored, stay dense, as the paper keeps a
+decoder's output tokens. The paper predicts which channels matter with a rank-8 SVD of the frozen
+weight (--estimator svd); on a small encoder that picks little better than chance, so by default the
+score is exact, on a random sample of tokens (--estimator sample). Attention projections stay dense:
+slicing them gains little. The last block is left unsliced where it computes the output tokens
+alone. Which layers are sliced follows the paper's GLUE map, whose --channel_sparsity is 0.95;
+--dense_layers moves where it begins.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import Method, evaluate, load_base, load_data, measure, replace, train
+from harness.batches import leading_examples
+from harness.export import export
+from harness.flags import adapter_args, natural, parse_args, positive, runs, share
+from harness.models import block_linears, find_targets, is_linear
+from harness.process import choose_device, fail, join_process_group
+from harness.splits import generator_for
+from harness.store import load_adapter, save_result
+from lora import LoRALinear
+from plan import plan
+
+FFN = (  # the layers into and out of a block's wide middle; a gated one has two layers into it
+    ("intermediate.dense", "output.dense"),  # BERT and its relatives
+    ("ffn.lin1", "ffn.lin2"),  # DistilBERT
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),  # Llama and its relatives
+    ("fc1", "fc2"),  # BART, OPT, Phi
+    ("DenseReluDense.wi", "DenseReluDense.wo"),  # T5
+    ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),  # gated T5
+    ("dense_h_to_4h", "dense_4h_to_h"),  # Falcon, BLOOM
+)
+CANDIDATES = 1024  # tokens at the start of a batch that a sample is drawn from
+SAMPLED = 128  # tokens in the sample
+
+
+def add_args(parser):
+    """Add this method's flags and defaults."""
+    adapter_args(parser)
+    add = parser.add_argument
+    add("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
+    add("--dropout", type=share, default=0.0, help="on the adapter's input")
+    slicing_args(parser)
+
+
+def slicing_args(parser):
+    """Add the flags of the sliced feed-forward layers."""
+    add = parser.add_argument
+    left_out = "share of the feed-forward channels left out in the deep layers"
+    add("--channel_sparsity", type=share, default=0.9, help=left_out)
+    add("--dense_layers", type=natural, help="this many layers stay dense (default: half)")
+    dense = "which tokens stay dense: scored ones (a causal LM: none) or none"
+    add("--dense_tokens", choices=["scored", "none"], default="scored", help=dense)
+    scores = "score channels exactly on a sample of tokens, or by a rank-8 SVD"
+    add("--estimator", choices=["sample", "svd"], default="sample", help=scores)
+
+
+# -------------------------------------------------------------------------------------- the maths
+
+
+def sampled_scores(x, weights, biases, act):
+    """‖z_j‖ of every channel j over the tokens x (T, in): (hidden,). Exact on these tokens.
+
+    z = act(x·W1ᵀ + b1), or act(gate)·up where the block is gated (section 3.1 scores channels by
+    this norm, over all tokens).
+    """
+    z = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return (act(z[0]) if len(z) == 1 else act(z[0]) * z[1]).norm(dim=0)
+
+
+def svd_estimate(weight, k=8):
+    """The paper's estimator (algorithm 1): P (in, k), R (k, out) with x·Wᵀ ≈ (x·P)·R of rank k.
+
+    P holds W's top right singular vectors, the top eigenvectors of WᵀW; R = (W·P)ᵀ.
+    """
+    top = torch.linalg.eigh(weight.T @ weight).eigenvectors[:, -k:].contiguous()
+    return top, (weight @ top).T.contiguous()
+
+
+def estimated_scores(x, factors, biases, act):
+    """As sampled_scores, with each product replaced by its rank-8 estimate."""
+    z = [(x @ P) @ R for P, R in factors]
+    z = [part if bias is None else part + bias for part, bias in zip(z, biases, strict=True)]
+    return (act(z[0]) if len(z) == 1 else act(z[0]) * z[1]).norm(dim=0)
+
+
+def layer_sparsity(layer, layers, sparsity, dense):
+    """The paper's GLUE map by depth: the first `dense` dense, the last half as sparse."""
+    return 0.0 if layer < dense else sparsity / 2 if layer == layers - 1 else sparsity
+
+
+# ------------------------------------------------------------ sliced feed-forward layers
+
+
+class StepState:
+    """The training step that all sliced blocks share."""
+
+    def __init__(self, run, base):
+        self.run, self.base, self.blocks = run, base, []  # of BlockState
+        self.sparse, self.step, self.sample = False, 0, None
+
+    def begin(self, step, total):
+        """Method.before_step: forget the last step's channels; the first steps stay dense."""
+        self.sparse = step - 1 >= 0.05 * total  # section 3.3
+        self.step, self.sample = step, None
+        for block in self.blocks:
+            block.picked = None
+
+    def dense_positions(self):
+        """Flat positions of the batch's tokens that stay dense, or None."""
+        batch = self.base.batch
+        few = 2 * len(batch.output_positions) < len(batch.token_positions)  # a causal LM: all
+        return batch.output_positions if few and self.run.dense_tokens == "scored" else None
+
+    def sampled_positions(self):
+        """Flat positions (T,) of the tokens to score channels on: drawn once a step.
+
+        From the step's first examples, CANDIDATES tokens, without those that stay dense. However
+        the batch is cut, its first part holds these examples (Method.tokens_together).
+        """
+        if self.run.plan:  # --plan's tensors have no values to look at
+            return self.base.batch.token_positions[:SAMPLED]
+        if self.sample is None:
+            batch, dense = self.base.batch, self.dense_positions()
+            example = batch.token_positions // batch.ids.shape[1]
+            first = leading_examples(example.bincount(), CANDIDATES)
+            positions = batch.token_positions[example < first]
+            sliced = positions if dense is None else positions[~torch.isin(positions, dense)]
+            positions = sliced if len(sliced) else positions
+            if self.run.estimator == "sample":
+                generator = generator_for(self.run.seed, "channels", self.step)
+                drawn = torch.randperm(len(positions), generator=generator)[:SAMPLED]
+                positions = positions[drawn.to(positions.device)]
+            self.sample = positions
+        return self.sample
+
+
+class BlockState:
+    """What the layers around one block's wide middle share.
+
+    SparseUp sets `picked`, `dense` and `shape` in each forward pass, SparseDown reads them.
+    """
+
+    def __init__(self, step, keep, score):
+        self.step = step  # StepState
+        self.keep, self.score = keep, score  # how many channels; the function that scores them
+        self.picked = None  # (keep,) the channels of this step, sorted
+        self.dense = None  # (D,) flat positions that stay dense, or None
+        self.shape = None  # of the hidden states, (B, L, hidden)
+
+
+class SparseUp(nn.Module):
+    """The layer into a block's wide middle: computes the picked channels, all for dense tokens.
+
+    While sparse it returns one flat vector, all tokens' picked channels and then the dense tokens'
+    full ones: the activation between here and SparseDown is element-wise and does not mind. The
+    other channels are left out, not rescaled.
+    """
+
+    def __init__(self, base, block, first):
+        super().__init__()
+        self.base, self.block, self.first = base, block, first
+
+    def forward(self, x):
+        block, step = self.block, self.block.step
+        weight, bias = self.base.weight, self.base.bias
+        if not (self.training and step.sparse):
+            return self.base(x)
+        if self.first:
+            block.dense, block.shape = step.dense_positions(), x.shape
+            if block.picked is None:
+                sample = x.flatten(0, -2)[step.sampled_positions()].to(weight.dtype)
+                with torch.no_grad():
+                    scores = block.score(sample)
+                block.picked = scores.topk(block.keep).indices.sort().values
+        x, picked = x.flatten(0, -2), block.picked
+        narrow = F.linear(x, weight[picked], None if bias is None else bias[picked])  # (B·L, keep)
+        if block.dense is None:
+            return narrow.flatten()
+        return torch.cat([narrow.flatten(), F.linear(x[block.dense], weight, bias).flatten()])
+
+
+class SparseDown(nn.Module):
+    """The layer out of the wide middle: reads the picked channels, all for the dense tokens."""
+
+    def __init__(self, base, block):
+        super().__init__()
+        self.base, self.block = base, block
+
+    @property
+    def weight(self):  # T5 reads its dtype
+        return self.base.weight
+
+    def forward(self, z):
+        block, weight, bias = self.block, self.base.weight, self.base.bias
+        if not (self.training and block.step.sparse):
+            return self.base(z)
+        tokens = block.shape[:-1].numel()
+        narrow = z[: tokens * block.keep].view(tokens, block.keep)
+        y = F.linear(narrow, weight[:, block.picked], bias)  # (B·L, out)
+        if block.dense is not None:
+            full = z[tokens * block.keep :].view(len(block.dense), weight.shape[1])
+            y = y.index_copy(0, block.dense, F.linear(full, weight, bias).to(y.dtype))
+        return y.view(*block.shape[:-1], -1)
+
+
+def scoring_function(run, layers, act):
+    """x (T, in) -> scores (hidden,) for a block's layers into the wide middle."""
+    biases = [layer.bias for layer in layers]
+    if run.estimator == "sample":
+        return lambda x: sampled_scores(x, [layer.weight for layer in layers], biases, act)
+    pairs = [svd_estimate(layer.weight.float()) for layer in layers]
+    factors = [[part.to(run.device) for part in pair] for pair in pairs]
+    return lambda x: estimated_scores(x.float(), factors, biases, act)
+
+
+def find_blocks(run, base):
+    """The feed-forward layers of every block: {block: names of the layers in, and the one out}."""
+    model = base.model
+    linears = block_linears(model)
+    known = [ends for ends in FFN if any(name.endswith(f".{ends[0]}") for name in linears)]
+    ends = known[0] if known else [None]
+    names = [name for name, _ in model.named_modules() if name.endswith(f".{ends[0]}")]
+    if not names or not set(names) <= set(linears):
+        kind = model.config.model_type
+        fail(f"--model {run.model}: no plain feed-forward layers known in {kind}")
+    blocks = {name.removesuffix(ends[0]): ends for name in names}
+    for block in blocks:
+        for end in ends:
+            if not is_linear(model.get_submodule(block + end)):
+                fail(f"--targets: {end} is sliced here, so it cannot be adapted; leave it out")
+    return blocks
+
+
+def activation_of(config):
+    """The function between a block's layers into its wide middle and the one out of it."""
+    from transformers.activations import ACT2FN
+
+    keys = ("hidden_act", "activation", "activation_function", "hidden_activation", "dense_act_fn")
+    names = [getattr(config, key, None) for key in keys]
+    return next((ACT2FN[name] for name in names if name), nn.GELU(approximate="tanh"))  # BLOOM's
+
+
+def slice_blocks(run, base):
+    """Wrap the feed-forward layers of the deep half of the blocks, in place.
+
+    Returns (StepState, {block: channels kept}).
+    """
+    model, step, kept = base.model, StepState(run, base), {}
+    act, blocks = activation_of(model.config), find_blocks(run, base)
+    sliceable = len(blocks) - base.last_block_cut
+    first = run.dense_layers
+    if first is None:  # half, but in a model of two blocks one is sliced
+        first = max(0, min(len(blocks) // 2, sliceable - 1))
+    if first >= sliceable:
+        has = f"the model has {len(blocks)} layers, {sliceable} of which can be sliced"
+        fail(f"--dense_layers {first}: {has}, so none would be")
+    for i, (name, ends) in enumerate(blocks.items()):
+        left_out = layer_sparsity(i, len(blocks), run.channel_sparsity, first)
+        if left_out == 0 or i >= sliceable:
+            continue
+        *up, down = (model.get_submodule(name + end) for end in ends)
+        keep = max(1, round(up[0].out_features * (1 - left_out)))
+        block = BlockState(step, keep, scoring_function(run, up, act))
+        for end, layer in zip(ends, up, strict=False):
+            model.set_submodule(name + end, SparseUp(layer, block, first=layer is up[0]))
+        model.set_submodule(name + ends[-1], SparseDown(down, block))
+        step.blocks.append(block)
+        kept[name.rstrip(".")] = keep
+    if not kept:
+        fail(f"--channel_sparsity {run.channel_sparsity:g}: no channel would be left out")
+    return step, kept
+
+
+# ------------------------------------------------------------------------------------- the method
+
+
+def adapt(run, base):
+    """Adapt every target layer of base.model, in place; returns the Method."""
+    targets = find_targets(base.model, run.targets)
+    replace(base.model, targets, lambda layer: LoRALinear(layer, run.rank, run.alpha, run.dropout))
+    peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
+    peft |= {"lora_alpha": run.alpha, "lora_dropout": run.dropout}
+    step, kept = slice_blocks(run, base)
+    return Method(
+        peft,
+        tokens_together=CANDIDATES,
+        before_step=step.begin,
+        report=lambda: {"channels_kept": kept},
+    )
+
+
+def main(argv=None):
+    """Adapt, train, score and measure once per seed and learning rate; returns the result files."""
+    args, paths = parse_args(__doc__, __file__, add_args, argv), []
+    choose_device(args)
+    join_process_group(args)
+    if args.plan:
+        return plan(args, adapt)
+    for run in runs(args):
+        data = load_data(run)
+        base = load_base(run, data)
+        method = adapt(run, base)
+        if run.eval_only:
+            load_adapter(run, base, method)
+            evaluate(run, data, base)
+        else:
+            history = train(run, data, base, method)
+            scores = evaluate(run, data, base)
+            save_result(run, data, base, method, history, scores)  # so that nothing can lose it
+            costs = measure(run, data, base, method, history)
+            paths.append(save_result(run, data, base, method, history, scores, costs))
+        if run.export:
+            export(run, base)
+    return paths
+
+
+if __name__ == "__main__":
+    main()

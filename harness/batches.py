@@ -1,0 +1,181 @@
+"""Batches: which examples and tokens go through the model at once, and what it must predict.
+
+Nothing here depends on a method or a model. `data` is common.Data, `split` one of its Splits.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from harness.process import process_count
+from harness.splits import Split, generator_for
+
+
+class Targets(NamedTuple):
+    """What is read and what is to be predicted in one pass over a split."""
+
+    inputs: torch.Tensor  # (total,) int32, tokens with masks in them
+    flags: torch.Tensor | None  # (total,) bool, the tokens that are predicted
+    counts: torch.Tensor  # (examples,) int64, how many of them an example has; 1 for a label
+
+
+class Batch(NamedTuple):
+    """One forward pass. Positions count through the flattened (B·L) batch."""
+
+    ids: torch.Tensor  # (B, L) int64, padded
+    mask: torch.Tensor | None  # (B, L) int64, 0 on padding; None where nothing is padded
+    types: torch.Tensor | None  # (B, L) int64, which of an example's two texts a token is of
+    token_positions: torch.Tensor  # (tokens,) int64, positions that are not padding
+    output_positions: torch.Tensor  # (R,) int64, positions whose output is used
+    target: torch.Tensor  # (R,) int64, labels or token ids
+
+    def to(self, device):
+        """The batch on `device`; pinned memory lets the copy to a GPU return at once."""
+        tensors = [t.pin_memory() if "cuda" in device and t is not None else t for t in self]
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
+
+
+def predicted_tokens(data, split, *seed):
+    """Which tokens a language model must predict, and what it reads, as Targets.
+
+    Masked LM (BERT §3.1): 15 % of the tokens, of which 80 % are replaced by the mask, 10 % by a
+    random token, 10 % kept. One vector of random numbers over the flat tokens decides, so that
+    neither batch size nor order moves a mask. Causal LM: every token that has one before it.
+    """
+    tokens = split.tokens
+    if data.task == "classification":
+        return Targets(tokens, None, torch.ones_like(split.labels))
+    if data.task == "clm":
+        inputs, flags = tokens, split.scorable.clone()
+        flags[split.starts[:-1]] = False
+    else:
+        u = torch.rand(len(tokens), dtype=torch.float64, generator=generator_for(*seed, "masks"))
+        flags = (u < 0.15) & split.scorable
+        inputs = torch.where(flags & (u < 0.12), data.mask, tokens)
+        swapped = flags & (u >= 0.12) & (u < 0.135)
+        inputs[swapped] = ((u[swapped] - 0.12) / 0.015 * data.vocab).to(inputs.dtype)
+    before = F.pad(flags.cumsum(0), (1, 0))
+    return Targets(inputs, flags, before[split.starts[1:]] - before[split.starts[:-1]])
+
+
+def collate(data, split, examples, targets):
+    """The examples (n,) of a split as one padded Batch."""
+    lengths = split.lengths[examples]
+    column = torch.arange(int(lengths.max()))
+    attended = column < lengths[:, None]  # (B, L)
+    index = (split.starts[examples][:, None] + column).clamp(max=len(split.tokens) - 1)
+    ids = torch.where(attended, targets.inputs[index], data.pad).long()
+    mask = None if attended.all() else attended.long()
+    types = None if split.types is None else split.types[index].long() * attended
+    token_positions = attended.flatten().nonzero()[:, 0]
+    if data.task == "classification":  # the head reads one position: [CLS], or the last token
+        output_positions = torch.arange(len(examples)) * len(column)
+        if data.reads_last:
+            output_positions += lengths - 1
+        target = split.labels[examples]
+    else:
+        scored = attended & targets.flags[index]
+        target = split.tokens[index][scored].long()
+        if data.task == "clm":  # the output at a token predicts the next one
+            scored = F.pad(scored[:, 1:], (0, 1))
+        output_positions = scored.flatten().nonzero()[:, 0]
+    return Batch(ids, mask, types, token_positions, output_positions, target)
+
+
+def global_batch(run):
+    """Examples of an optimizer step, over all micro-batches and processes."""
+    return run.batch_size * run.grad_accum * process_count()
+
+
+def length_grouped_batches(lengths, size, *seed):
+    """Batches of `size` examples for one epoch: similar lengths together, batches in random order.
+
+    Returns a list of index tensors that covers every example once; the last batch by length may be
+    smaller. The batch with the most tokens comes first, so that running out of memory shows in the
+    first step.
+    """
+    shuffled = torch.randperm(len(lengths), generator=generator_for(*seed, "order"))
+    groups = shuffled[lengths[shuffled].argsort(stable=True)].split(size)
+    batches = torch.randperm(len(groups), generator=generator_for(*seed, "batches")).tolist()
+    largest = max(batches, key=lambda i: len(groups[i]) * lengths[groups[i][-1]])
+    return [groups[i] for i in sorted(batches, key=lambda i: i != largest)]
+
+
+def leading_examples(lengths, tokens):
+    """How many of the first examples have at most `tokens` tokens in all; at least one."""
+    return max(1, int((lengths.cumsum(0) <= tokens).sum()))
+
+
+def micro_batches(run, lengths, examples, size, together=0):
+    """Cut the examples (n,) of a batch into what goes through the model at once: `size` examples.
+
+    On a CPU about 1,024 tokens: what a layer writes is still in the cache when the next one reads
+    it (docs/speed.md, "whole batches at once"). `lengths` is of all the split's examples. The
+    leading examples with `together` tokens are not cut apart (Method.tokens_together).
+    """
+    if not len(examples):
+        return []
+    if "cpu" in run.device:
+        size = max(1, min(size, 1024 // int(lengths[examples].max())))
+    first = max(size, leading_examples(lengths[examples], together))
+    return [part for part in (examples[:first], *examples[first:].split(size)) if len(part)]
+
+
+def count_steps(run, data):
+    """Optimizer steps of the whole training."""
+    per_epoch = math.ceil(len(data.train.lengths) / global_batch(run))
+    return 0 if run.epochs == 0 else run.max_steps or run.epochs * per_epoch
+
+
+def training_batches(run, data, first, total):
+    """Yield (step, examples (n,), targets) of the steps first … total.
+
+    Seed and epoch decide order and masks, so that a run that continues sees what it would have.
+    """
+    per_epoch = math.ceil(len(data.train.lengths) / global_batch(run))
+    for step in range(first, total + 1):
+        epoch, place_in_epoch = divmod(step - 1, per_epoch)
+        if step == first or place_in_epoch == 0:
+            targets = predicted_tokens(data, data.train, run.seed, epoch)
+            lengths, size = data.train.lengths, global_batch(run)
+            batches = length_grouped_batches(lengths, size, run.seed, epoch)
+        yield step, batches[place_in_epoch], targets
+
+
+def steps_of(run, data, method, steps):
+    """The micro-batches of every step that ran, of all processes: [[examples (n,), …], …]."""
+    parts, lengths, processes = [], data.train.lengths, range(process_count())
+    for _, examples, _ in training_batches(run, data, 1, steps):
+        shares = (examples[number :: process_count()] for number in processes)
+        cut = (
+            micro_batches(run, lengths, share, run.batch_size, method.tokens_together)
+            for share in shares
+        )
+        parts.append(list(itertools.chain.from_iterable(cut)))
+    return parts
+
+
+def scoring_parts(run, lengths):
+    """What goes through the model at once while scoring: examples of similar length together."""
+    batches = lengths.argsort(stable=True).split(run.eval_batch_size)
+    parts = (micro_batches(run, lengths, batch, run.eval_batch_size) for batch in batches)
+    return list(itertools.chain.from_iterable(parts))
+
+
+def longest_and_shortest(data):
+    """A Split of the longest and the shortest example of all splits, and Targets: every token."""
+    splits = (data.train, data.dev, data.test)
+    longest = max(splits, key=lambda split: int(split.lengths.max()))
+    shortest = min(splits, key=lambda split: int(split.lengths.min()))
+    parts = [longest.example(longest.lengths.argmax()), shortest.example(shortest.lengths.argmin())]
+    pair = Split.concatenate(parts)
+    if data.task == "classification":
+        return pair, predicted_tokens(data, pair)
+    flags, counts = torch.ones_like(pair.tokens, dtype=torch.bool), pair.lengths
+    if data.task == "clm":
+        flags[pair.starts[:-1]] = False
+        counts = counts - 1
+    return pair, Targets(pair.tokens, flags, counts)
