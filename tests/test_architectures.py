@@ -43,8 +43,8 @@ def test_trains_saves_loads_in_peft_and_merges(
     history = module.train(base, data, run, adapted)
     assert history.step == 4 and torch.tensor([loss for *_, loss in history.curve]).isfinite().all()
     base.model.eval()
-    targets = common.predicted_tokens(data, data.test, "test")
-    batch = common.collate(data, data.test, torch.arange(6), targets)
+    targets = batches.predicted_tokens(data, data.test, "test")
+    batch = batches.collate(data, data.test, torch.arange(6), targets)
     with torch.no_grad():
         ours = common.forward(base, batch)
         with library.as_plain_linears(base.model, True, torch.float32):

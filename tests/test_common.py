@@ -48,7 +48,7 @@ def blocks(task, n=200_000, vocab=1000, length=50):
 def test_shares_of_masked_tokens():
     """15 % are predicted; of these 80 % read as the mask, 10 % as any token, 10 % as themselves."""
     data, split = blocks("mlm")
-    inputs, flags, counts = common.predicted_tokens(data, split, 0, 0)
+    inputs, flags, counts = batches.predicted_tokens(data, split, 0, 0)
     tokens, n = split.tokens, int(flags.sum())
     assert torch.equal(counts, flags.view(-1, 50).sum(1)) and torch.equal(
         inputs[~flags], tokens[~flags]
@@ -67,12 +67,12 @@ def test_shares_of_masked_tokens():
 
 def test_masks_move_with_seed_and_epoch_only():
     data, split = blocks("mlm", n=5000)
-    first = common.predicted_tokens(data, split, 0, 0)
+    first = batches.predicted_tokens(data, split, 0, 0)
     torch.manual_seed(99)  # whatever the global generator does
-    again = common.predicted_tokens(data, split, 0, 0)
+    again = batches.predicted_tokens(data, split, 0, 0)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     names = ((0, 1), (1, 0), ("test",), ("dev",))
-    others = [common.predicted_tokens(data, split, *each).flags for each in names]
+    others = [batches.predicted_tokens(data, split, *each).flags for each in names]
     assert all(not torch.equal(first.flags, flags) for flags in others)
     both = int((first.flags & others[0]).sum())
     assert binomial(both, int(first.flags.sum()), 0.15)  # afresh: neither the rest nor the same
@@ -81,7 +81,7 @@ def test_masks_move_with_seed_and_epoch_only():
 def test_what_a_causal_model_predicts():
     """Every scorable token that has one before it in its block; what it reads stays as it is."""
     data, split = blocks("clm", n=3000, vocab=12)
-    inputs, flags, counts = common.predicted_tokens(data, split, 0, 0)
+    inputs, flags, counts = batches.predicted_tokens(data, split, 0, 0)
     assert torch.equal(inputs, split.tokens) and counts.sum() == flags.sum()
     wanted = [i % 50 != 0 and token > 4 for i, token in enumerate(split.tokens.tolist())]
     assert flags.tolist() == wanted
@@ -121,14 +121,14 @@ def test_collate_equals_a_plain_loop(task, reads_last):
     tokens, starts = flat(rows)
     split = Split(tokens, starts, torch.tensor(labels), tokens > 4)
     data = Namespace(task=task, reads_last=reads_last, pad=0, mask=4, vocab=12)
-    targets = common.predicted_tokens(data, split, 3, 0)
+    targets = batches.predicted_tokens(data, split, 3, 0)
     parts = [slice(int(a), int(b)) for a, b in zip(starts, starts[1:], strict=False)]
     inputs = [targets.inputs[part].tolist() for part in parts]
     flags = [None if targets.flags is None else targets.flags[part].tolist() for part in parts]
     same = [i for i in range(40) if len(rows[i]) == 4]
     assert len(same) > 1
     for picked in ([7], [3, 1, 2], draw.sample(range(40), 40), [39, 0], same):
-        batch = common.collate(data, split, torch.tensor(picked), targets)
+        batch = batches.collate(data, split, torch.tensor(picked), targets)
         wanted = by_loop(
             task, reads_last, *([each[i] for i in picked] for each in (rows, labels, inputs, flags))
         )
@@ -137,14 +137,14 @@ def test_collate_equals_a_plain_loop(task, reads_last):
             batch = batch._replace(mask=torch.tensor(wanted[1]))
         assert tuple(tensor.tolist() for tensor in batch) == wanted
         assert {tensor.dtype for tensor in batch} == {torch.int64}
-        assert targets.counts[picked].sum() == len(batch.read)
+        assert targets.counts[picked].sum() == len(batch.output_positions)
 
 
 @pytest.mark.parametrize("n, size", [(1, 4), (7, 8), (64, 8), (1001, 32)])
 def test_order_covers_every_row_once_with_the_least_padding(n, size):
     """And begins with the batch that has the most tokens."""
     lengths = torch.randint(1, 200, (n,), generator=torch.Generator().manual_seed(n))
-    batches = common.order(lengths, size, 3, 1)
+    batches = batches.length_grouped_batches(lengths, size, 3, 1)
     assert sorted(torch.cat(batches).tolist()) == list(range(n))
     rest = [n % size] if n % size else []
     assert sorted(map(len, batches)) == sorted([size] * (n // size) + rest)
@@ -159,7 +159,7 @@ def test_order_depends_on_seed_and_epoch_only():
     lengths = torch.randint(1, 30, (300,), generator=torch.Generator().manual_seed(0))
 
     def batches(*seed):
-        return [batch.tolist() for batch in common.order(lengths, 16, *seed)]
+        return [batch.tolist() for batch in batches.length_grouped_batches(lengths, 16, *seed)]
 
     first = batches(5, 2)
     torch.manual_seed(123)
@@ -184,9 +184,9 @@ def test_micro_batches(device, longest, sizes):
     rows = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:40]
     lengths = torch.ones(100, dtype=torch.int64)
     lengths[rows[3]] = longest
-    parts = common.micro_batches(rows, lengths, 16, Namespace(device=device))
+    parts = batches.micro_batches(rows, lengths, 16, Namespace(device=device))
     assert torch.equal(torch.cat(parts), rows) and list(map(len, parts)) == sizes
-    assert common.micro_batches(rows[:0], lengths, 16, Namespace(device=device)) == []
+    assert batches.micro_batches(rows[:0], lengths, 16, Namespace(device=device)) == []
 
 
 @pytest.mark.parametrize("size, sizes", [(2, [2] * 5), (8, [8, 2]), (64, [10])])
@@ -194,7 +194,7 @@ def test_scoring_takes_its_own_batch_size(size, sizes):
     """--eval_batch_size may be above --batch_size; rows of like length go together."""
     run = Namespace(device="cuda", batch_size=4, eval_batch_size=size)
     lengths = torch.arange(10, 0, -1)
-    parts = common.scoring_parts(lengths, run)
+    parts = batches.scoring_parts(lengths, run)
     assert list(map(len, parts)) == sizes and torch.cat(parts).tolist() == [*range(9, -1, -1)]
 
 
@@ -206,7 +206,7 @@ def gradients(base, data, run, rows):
     base.model.zero_grad(set_to_none=True)
     base.model.train()
     tensors = common.trained_tensors(base.model)
-    targets = common.predicted_tokens(data, data.train, run.seed, 0)
+    targets = batches.predicted_tokens(data, data.train, run.seed, 0)
     loss = common.gradient(base, data, run, rows, targets, tensors)
     return loss.item(), {name: tensor.grad.clone() for name, tensor in tensors.items()}
 
@@ -232,8 +232,8 @@ def test_neither_accumulation_nor_micro_batches_change_the_gradient(
     run, data, base, _ = ready(module, tmp_path, *flags, *more, "--batch_size", 32)
     stir(base)
     rows = torch.randperm(len(data.train.lengths), generator=torch.Generator().manual_seed(0))[:32]
-    targets = common.predicted_tokens(data, data.train, run.seed, 0)
-    parts, batch = [], common.collate(data, data.train, rows, targets)
+    targets = batches.predicted_tokens(data, data.train, run.seed, 0)
+    parts, batch = [], batches.collate(data, data.train, rows, targets)
     for size in (32, 8, 7):
         run.batch_size = size
         parts.append(gradients(base, data, run, rows))
@@ -314,9 +314,9 @@ def test_the_baselines_rate(models, reviews, tmp_path, flags, lr):
     """Where only the head is trained --lr is the head's; with --full it is the base's."""
     words = [*rows_flags(models, reviews), *flags, "--lr", lr, "--head_lr", 2e-4]
     run, _, base, method = ready(common, tmp_path, *words)
-    groups = common.make_optimizer(base, run, method).param_groups
+    groups = common.make_optimizer(run, base, method).param_groups
     assert [group["lr"] for group in groups] == ([lr, 2e-4] if flags else [lr])
-    assert type(common.make_optimizer(base, run, method)) is torch.optim.AdamW
+    assert type(common.make_optimizer(run, base, method)) is torch.optim.AdamW
 
 
 def test_logits_are_gone_before_the_backward_pass(models, text_dir, tmp_path, monkeypatch):
@@ -333,7 +333,7 @@ def test_logits_are_gone_before_the_backward_pass(models, text_dir, tmp_path, mo
     monkeypatch.setattr(common, "forward", forward)
     tensors = common.trained_tensors(base.model)
     next(iter(tensors.values())).register_hook(lambda _: alive.append(logits[-1]() is not None))
-    targets = common.predicted_tokens(data, data.train, 0, 0)
+    targets = batches.predicted_tokens(data, data.train, 0, 0)
     common.gradient(base, data, run, torch.arange(2), targets, tensors)
     assert alive and not any(alive)
 
@@ -351,7 +351,7 @@ def test_gradients_are_clipped_at_norm_one(models, reviews, tmp_path):
 
     with torch.no_grad():
         base.model.classifier.weight.mul_(200)  # so that the gradient is long
-    rows = common.order(data.train.lengths, 32, run.seed, 0)[0]
+    rows = batches.length_grouped_batches(data.train.lengths, 32, run.seed, 0)[0]
     _, raw = gradients(base, data, run, rows)
     norm = torch.cat([grad.flatten() for grad in raw.values()]).norm()
     assert norm > 3
@@ -374,7 +374,7 @@ def test_base_dropout(models, reviews, tmp_path, rate):
     rows = torch.arange(8)
     losses = {gradients(base, data, run, rows)[0] for _ in range(3)}
     assert (len(losses) > 1) == (rate is not None)
-    one, two = (common.evaluate(base, data, run) for _ in range(2))
+    one, two = (common.evaluate(run, data, base) for _ in range(2))
     assert one == two  # scoring knows no dropout, whatever mode training left the model in
 
 
@@ -392,7 +392,7 @@ def test_every_step_draws_its_own_dropout(models, reviews, tmp_path, monkeypatch
         words = [*rows_flags(models, reviews), *more, "--seeds", seed, "--max_steps", 6]
         run, data, base, method = ready(module, tmp_path, *words)
         monkeypatch.setattr(common, "gradient", record)
-        common.train(base, data, run, method)
+        common.train(run, data, base, method)
     one, hira, two = (drawn[1:] for drawn in seeds.values())  # but for the row tried first
     assert one == hira and len({*one, *two}) == 12
 
@@ -412,19 +412,21 @@ def test_masked_loss_is_transformers_own(models, text_dir, tmp_path, kind):
 
     run, data, base, _ = ready(common, tmp_path, *text_flags(models, text_dir, kind), "--full")
     oracle = AutoModelForMaskedLM.from_pretrained(run.model).eval()
-    targets, shapes = common.predicted_tokens(data, data.train, 0, 0), []
+    targets, shapes = batches.predicted_tokens(data, data.train, 0, 0), []
     rows = torch.arange(len(data.train.lengths))[-9:]
-    batch = common.collate(data, data.train, rows, targets)
+    batch = batches.collate(data, data.train, rows, targets)
     head = base.model.get_output_embeddings()
     head.register_forward_hook(lambda module, args, output: shapes.append(args[0].shape.numel()))
     base.model.eval()
     logits, n = common.forward(base, batch), len(batch.target)
-    assert 0 < n < len(batch.real) < batch.ids.numel() and shapes == [n * 32]
+    assert 0 < n < len(batch.token_positions) < batch.ids.numel() and shapes == [n * 32]
     labels = torch.full_like(batch.ids, -100)
-    labels.view(-1)[batch.read] = batch.target
+    labels.view(-1)[batch.output_positions] = batch.target
     theirs = oracle(input_ids=batch.ids, attention_mask=batch.mask, labels=labels)
     assert abs(F.cross_entropy(logits, batch.target) - theirs.loss) < 1e-5
-    torch.testing.assert_close(logits, theirs.logits.flatten(0, 1)[batch.read], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits, theirs.logits.flatten(0, 1)[batch.output_positions], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -447,8 +449,8 @@ def test_causal_loss_is_transformers_own(models, text_dir, tmp_path, kind):
         nll.append(loss * scored[-1])
     assert not split.scorable.all() and len(set(scored)) > 2
     for run.eval_batch_size in (1, 64):
-        result = common.evaluate(base, data, run)
-        metrics, rows = result["metrics"]["test"], result["rows"]
+        result = common.evaluate(run, data, base)
+        metrics, rows = result["metrics"]["test"], result["test_examples"]
         assert metrics.keys() == {"loss", "causal_perplexity"}
         assert metrics["loss"] == pytest.approx(sum(nll) / sum(scored), rel=1e-5)
         assert metrics["causal_perplexity"] == pytest.approx(math.exp(metrics["loss"]))
@@ -460,22 +462,22 @@ def test_causal_loss_is_transformers_own(models, text_dir, tmp_path, kind):
 def test_masked_perplexity_is_over_tokens_not_batches(models, text_dir, tmp_path):
     """exp(sum of negative log-likelihoods / scored tokens), each block by itself."""
     run, data, base, _ = ready(lora, tmp_path, *text_flags(models, text_dir))
-    targets = common.predicted_tokens(data, data.test, "test")
+    targets = batches.predicted_tokens(data, data.test, "test")
     base.model.eval()
     nll = []
     for row in range(len(data.test.lengths)):
-        batch = common.collate(data, data.test, torch.tensor([row]), targets)
+        batch = batches.collate(data, data.test, torch.tensor([row]), targets)
         with torch.no_grad():
             chances = common.forward(base, batch).double().log_softmax(-1)
         nll.append(-sum(chances[i, token].item() for i, token in enumerate(batch.target)))
     counts = targets.counts.tolist()
     assert len(set(counts)) > 2
     for run.eval_batch_size in (1, 8, 64):
-        result = common.evaluate(base, data, run)
+        result = common.evaluate(run, data, base)
         value = result["metrics"]["test"]["mlm_perplexity"]
         assert value == pytest.approx(math.exp(sum(nll) / sum(counts)), rel=1e-5)
-        assert result["rows"]["scored"] == counts
-        assert result["rows"]["nll"] == pytest.approx(nll, rel=1e-4, abs=1e-3)
+        assert result["test_examples"]["scored"] == counts
+        assert result["test_examples"]["nll"] == pytest.approx(nll, rel=1e-4, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "bert", "roberta", "gpt2", "llama", "qwen2"])
@@ -495,11 +497,11 @@ def test_classification_loss_is_transformers_own(models, reviews, tmp_path, kind
         losses.append(output.loss.item())
         right.append(output.logits.argmax().item() == label.item())
     for run.eval_batch_size in (1, 64):
-        result = common.evaluate(base, data, run)
+        result = common.evaluate(run, data, base)
         metrics = result["metrics"]["test"]
         assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
         assert metrics["accuracy"] == np.mean(right)
-        assert bits(result["rows"]["correct"], 45) == right
+        assert bits(result["test_examples"]["correct"], 45) == right
 
 
 def bits(text, n):
@@ -534,7 +536,7 @@ def test_metrics_against_counting(monkeypatch, labels, predictions, classes):
     run = Namespace(device="cpu", precision="fp32", eval_batch_size=5, batch_size=5, lr=1.0, seed=0)
     run.name = "planted"
     base = common.Base(torch.nn.Identity(), [], "", 0)
-    result = common.evaluate(base, data, run)
+    result = common.evaluate(run, data, base)
     right = -math.log(math.e**3 / (math.e**3 + classes - 1))
     for name, size in (("dev", n), ("test", n), ("official", official)):
         pairs, f1 = list(zip(labels, predictions, strict=True))[:size], []
@@ -550,7 +552,7 @@ def test_metrics_against_counting(monkeypatch, labels, predictions, classes):
         assert metrics["f1"] == pytest.approx(np.mean(f1))
         losses = [right if hit else right + 3 for hit in hits]
         assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
-    assert bits(result["rows"]["correct"], n) == [
+    assert bits(result["test_examples"]["correct"], n) == [
         y == p for y, p in zip(labels, predictions, strict=True)
     ]
 
@@ -597,19 +599,25 @@ def test_a_rate_far_too_high_is_a_run_that_dev_never_chooses(
     for split in ("dev", "test", "merged"):
         if lost["metrics"][split]:  # a baseline has nothing to merge
             assert lost["metrics"][split] == {"accuracy": 0.0, "f1": 0.0, "loss": 20.0}
-    assert set(bits(lost["rows"]["correct"], lost["data"]["test"])) == {False}
+    assert set(bits(lost["test_examples"]["correct"], lost["data"]["test"])) == {False}
     assert lost["memory"].keys() == other["memory"].keys() and lost["flops"] and lost["parameters"]
     (group,) = compare_all(tmp_path)
-    [row] = group["rows"]
+    [row] = group["test_examples"]
     assert row["chosen"] == [1e-3] and row["dev"][1e30] == [0.0]
 
 
 def test_a_lost_language_model_scores_as_a_guess_among_e_to_the_20(models, text_dir, tmp_path):
-    words = [*text_flags(models, text_dir), "--max_steps", 1, "--lr", 1e30, "--no_timing"]
+    words = [
+        *text_flags(models, text_dir),
+        "--max_steps",
+        1,
+        "--lr",
+        1e30,
+    ]
     result, _ = result_of(lora, tmp_path, *words)
     assert result["metrics"]["dev"]["mlm_perplexity"] == pytest.approx(math.exp(20))
-    nll, scored = (np.array(result["rows"][key]) for key in ("nll", "scored"))
-    assert (nll == 20 * scored).all() and compare_all(tmp_path)[0]["rows"]
+    nll, scored = (np.array(result["test_examples"][key]) for key in ("nll", "scored"))
+    assert (nll == 20 * scored).all() and compare_all(tmp_path)[0]["test_examples"]
 
 
 # ------------------------------------------------------------------------------ nothing is trained
@@ -620,7 +628,7 @@ def test_an_untrained_base_is_scored_as_it_is(models, text_dir, tmp_path):
     words = text_flags(models, text_dir, "gpt2", "CausalLM")
     result, path = result_of(common, tmp_path, *words)
     run, data, base, _ = ready(common, tmp_path / "again", *words)
-    assert common.evaluate(base, data, run)["metrics"]["test"] == result["metrics"]["test"]
+    assert common.evaluate(run, data, base)["metrics"]["test"] == result["metrics"]["test"]
     assert result["untrained"] and result["curve"] == [] and result["parameters"]["trainable"] == 0
     assert result["name"] == "head_only" and result["metrics"]["merged"] is None
 
@@ -653,7 +661,7 @@ def test_precision_is_ours_whatever_the_checkpoint_is_stored_in(
     run, _, base, _ = ready(lora, tmp_path, *words)
     for tensor in base.model.parameters():
         tensor.data = tensor.data.to(stored)
-    common.place(base, run)
+    common.place(run, base)
     for name, tensor in base.model.named_parameters():
         rounded = precision == "bf16" and not tensor.requires_grad and tensor.ndim > 1
         assert tensor.dtype == (torch.bfloat16 if rounded else torch.float32), name
@@ -670,17 +678,17 @@ def test_bf16_on_a_cpu(models, reviews, text_dir, tmp_path, name, task):
     words = [*flags, *more, "--precision", "bf16", "--max_steps", 2, "--warmup", 0]
     run, data, base, method = ready(module, tmp_path, *words)
     before = {key: tensor.detach().clone() for key, tensor in base.model.named_parameters()}
-    common.place(base, run)
+    common.place(run, base)
     for key, tensor in base.model.named_parameters():
         frozen_matrix = not tensor.requires_grad and tensor.ndim > 1
         assert tensor.dtype == (torch.bfloat16 if frozen_matrix else torch.float32), key
         assert frozen_matrix or torch.equal(tensor, before[key]), key
-    common.train(base, data, run, method)
+    common.train(run, data, base, method)
     for key, tensor in common.trained_tensors(base.model).items():
         assert tensor.dtype == torch.float32 and tensor.isfinite().all()
         moved = not torch.equal(tensor, before[key])
         assert moved or tensor.ndim < 2, key  # a key's bias has no gradient
-    first, second = common.evaluate(base, data, run), common.evaluate(base, data, run)
+    first, second = common.evaluate(run, data, base), common.evaluate(run, data, base)
     assert first == second and math.isfinite(first["metrics"]["test"]["loss"])
 
 
@@ -695,7 +703,6 @@ def test_same_seed_same_run_bit_for_bit(models, reviews, tmp_path, name):
     flags += [
         "--base_dropout",
         0.1,
-        "--no_timing",
         *(["--dropout", 0.1] if name in ADAPTED else []),
     ]
     _, first = module.main([*flags, "--out", tmp_path / "a", "--seeds", 4, 3])

@@ -28,7 +28,7 @@ import common
 gc.freeze()
 common.try_one_row = lambda *_: None  # it counts no row
 rank, log, jobs = int(os.environ["RANK"]), [], json.load(open({jobs!r}))
-collate, gradient = common.collate, common.gradient
+collate, gradient = batches.collate, common.gradient
 
 def watch(event, args):
     modes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -57,7 +57,7 @@ def stopping(*args):  # before the step that the job names, if it names one
     return gradient(*args) if not measuring else gradient(*args)
 measuring, measure = [], common.measure
 sys.addaudithook(watch)
-common.collate, common.gradient, common.measure = collating, stopping, quietly
+batches.collate, common.gradient, common.measure = collating, stopping, quietly
 for job in jobs:
     if "dies" in job:  # the last one: what came before it is kept
         with open({log!r} + str(rank), "w") as file:
@@ -83,7 +83,6 @@ TRAINED = [
     33,
     "--eval_batch_size",
     7,
-    "--no_timing",
 ]
 METHODS = {  # 33 rows in global batches of 16: the last has one row, none for the second process
     "lora": ["lora.py"],
@@ -229,8 +228,10 @@ def test_scores_and_costs_equal_those_of_one_process(both, name):
     assert two["data"] == one["data"]
     for split in ("dev", "test"):
         assert two["metrics"][split] == pytest.approx(one["metrics"][split], rel=1e-4)
-    for key, values in one["rows"].items():
-        assert two["rows"][key] == (values if key != "nll" else pytest.approx(values, rel=1e-3))
+    for key, values in one["test_examples"].items():
+        assert two["test_examples"][key] == (
+            values if key != "nll" else pytest.approx(values, rel=1e-3)
+        )
     hours = 2 * two["time"]["train_seconds"] / 3600
     assert two["time"]["accelerator_hours"] == pytest.approx(hours)
     # Each share is padded to its own longest row: about the same in all.

@@ -22,9 +22,9 @@ def one_gradient(module, out, *words):
     """The gradient of one batch with B away from zero, on the CPU: {name: tensor}."""
     run, data, base, _ = ready(module, out, *words)
     stir(base)
-    common.place(base, run)
+    common.place(run, base)
     base.model.train()
-    targets = common.predicted_tokens(data, data.train, run.seed, 0)
+    targets = batches.predicted_tokens(data, data.train, run.seed, 0)
     tensors = common.trained_tensors(base.model)
     common.gradient(base, data, run, torch.arange(32), targets, tensors)
     return {name: tensor.grad.double().cpu() for name, tensor in tensors.items()}
@@ -106,7 +106,7 @@ def test_counted_memory_is_near_the_allocators(precision, models, reviews, tmp_p
     folder = models("distilbert", "", **wide)
     words = ["--dataset", reviews, "--model", folder, "--max_length", 24, "--precision", precision]
     run, data, base, method, _ = trained(EVERY["lora"][0], tmp_path, *words, "--max_steps", 3)
-    memory = common.count_memory(base, data, run, method)
+    memory = common.count_memory(run, data, base, method)
     for name in ("train", "inference"):
         counted, measured = sum(memory[name].values()), memory[f"{name}_allocator"]
         # cuBLAS takes two workspaces of 32 MiB on this generation, which no tensor owns.
@@ -119,7 +119,7 @@ def test_the_model_of_the_run_before_is_freed_before_the_next_moves(models, revi
     run, data, base, method, _ = trained(module, tmp_path, *words)
     old = weakref.ref(base.model)
     run, data, base, method = ready(module, tmp_path, *words, "--seeds", 1)
-    common.place(base, run)
+    common.place(run, base)
     assert old() is None
 
 

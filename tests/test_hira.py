@@ -167,7 +167,7 @@ def test_bf16_branch_against_fp64(kind, size):
     with torch.autocast("cpu", torch.bfloat16):
         branch = layer(x)
         (branch * weights).sum().backward()
-        product = hira.high_rank_weight(library.weight_of(layer.base), layer.A, layer.B).detach()
+        product = hira.hira_weight(library.weight_of(layer.base), layer.A, layer.B).detach()
 
     def error(ours, theirs):
         return ((ours.double() - theirs).norm() / theirs.norm()).item()
@@ -210,7 +210,7 @@ def test_update_has_rank_up_to_r0_times_r():
     low = torch.randn(40, 2).double() @ torch.randn(2, 30).double()
     full = torch.randn(40, 30).double()
     for weight, rank in ((torch.ones(40, 30).double(), 3), (low, 6), (full, 30)):
-        update = hira.high_rank_weight(weight, A, B) - weight
+        update = hira.hira_weight(weight, A, B) - weight
         assert torch.linalg.matrix_rank(update, rtol=1e-10) == rank
 
 
@@ -218,9 +218,9 @@ def test_update_has_rank_up_to_r0_times_r():
 def test_info_reports_the_ranks_of_the_update(kind, models, reviews, tmp_path):
     words = [*rows_flags(models, reviews, kind), "--rank", 4]
     run, data, base, method = ready(hira, tmp_path, *words)
-    assert set(method["info"]()["rank_of_update"].values()) == {0}  # B is zero
+    assert set(method["report"]()["rank_of_update"].values()) == {0}  # B is zero
     stir(base)
-    ranks, layers = method["info"]()["rank_of_update"], library.stand_ins(base.model)
+    ranks, layers = method["report"]()["rank_of_update"], library.stand_ins(base.model)
     assert ranks.keys() == layers.keys() and min(ranks.values()) > run.rank
     for name, layer in layers.items():
         update = dense_weight(layer) - library.weight_of(layer.base)

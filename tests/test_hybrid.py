@@ -19,8 +19,8 @@ def step(module, base, data, run, method):
     stir(base)
     method.get("after_step", lambda *_: None)(1, 1, 0.0)  # contextual: sparse from here on
     base.model.train()
-    targets = common.predicted_tokens(data, data.train, 0)
-    batch = common.collate(data, data.train, torch.arange(8), targets)
+    targets = batches.predicted_tokens(data, data.train, 0)
+    batch = batches.collate(data, data.train, torch.arange(8), targets)
     logits = common.forward(base, batch)
     F.cross_entropy(logits, batch.target).backward()
     return logits, {n: t.grad for n, t in common.trained_tensors(base.model).items()}
@@ -52,7 +52,7 @@ def test_result_merge_reload_and_resume(name, models, reviews, tmp_path, monkeyp
     words = [*rows_flags(models, reviews), *flags, "--max_steps", 6, "--batch_size", 8]
     [path] = module.main([*map(str, words), "--out", str(tmp_path / "a")])
     result = json.loads(path.read_text())
-    assert result["method"] == "hybrid" and result["info"]["layers"] == 12
+    assert result["method"] == "hybrid" and result["report"]["layers"] == 12
     assert result["metrics"]["merged"]["loss"] == pytest.approx(result["metrics"]["test"]["loss"])
     capsys.readouterr()
     module.main([*map(str, words), "--eval_only", str(path.with_suffix("")), "--out", "x"])

@@ -71,9 +71,9 @@ def test_memory_and_disk_of_a_run(name, models, reviews, tmp_path):
     module, flags = EVERY[name]
     words = [*rows_flags(models, reviews), *flags, "--weight_decay", 0.1, "--max_steps", 2]
     run, data, base, method = ready(module, tmp_path, *words)
-    module.train(base, data, run, method)
+    module.train(run, data, base, method)
     before, random = copy.deepcopy(base.model.state_dict()), torch.get_rng_state()
-    memory, after = common.count_memory(base, data, run, method), base.model.state_dict()
+    memory, after = common.count_memory(run, data, base, method), base.model.state_dict()
     assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
     assert torch.equal(torch.get_rng_state(), random)
     whole = AutoModelForSequenceClassification.from_pretrained(models("distilbert"))
@@ -102,10 +102,10 @@ def test_inference_memory_is_of_the_largest_batch(models, reviews, tmp_path, mon
     words = [*rows_flags(models, reviews), "--max_steps", 1, "--eval_batch_size", 11]
     run, data, base, method, _ = trained(lora, tmp_path, *words)
     lengths = data.test.lengths  # 45 rows: the last part has one
-    collate, taken = common.collate, []
+    collate, taken = batches.collate, []
     monkeypatch.setattr(common, "collate", lambda *a: taken.append(a[2]) or collate(*a))
-    common.count_memory(base, data, run, method)
-    sizes = [len(rows) * int(lengths[rows].max()) for rows in common.scoring_parts(lengths, run)]
+    common.count_memory(run, data, base, method)
+    sizes = [len(rows) * int(lengths[rows].max()) for rows in batches.scoring_parts(lengths, run)]
     assert len(taken[-1]) * int(lengths[taken[-1]].max()) == max(sizes) > sizes[-1]
 
 
@@ -169,19 +169,24 @@ def test_fitted_flops_against_counting_all(name, task, models, reviews, text_dir
     words = [*words, *flags, "--batch_size", 5, "--grad_accum", 2, "--eval_batch_size", 3]
     run, data, base, method = ready(module, tmp_path, *words)
     method.get("after_step", lambda *_: None)(9, 10, 0.0)  # past contextual's dense steps
-    steps, trained = common.order(data.train.lengths, 10, 0, 0), common.trained_tensors(base.model)
-    counts = common.count_flops(base, data, run, common.steps_of(data, run, len(steps)))
+    steps, trained = (
+        batches.length_grouped_batches(data.train.lengths, 10, 0, 0),
+        common.trained_tensors(base.model),
+    )
+    counts = common.count_flops(base, data, run, batches.steps_of(data, run, len(steps)))
     base.model.train().set_attn_implementation("eager")
     near = 0.02 if task or name in ("hira", "contextual") else 1e-9  # where all is in the prices
-    targets = common.predicted_tokens(data, data.train, 0, 0)
+    targets = batches.predicted_tokens(data, data.train, 0, 0)
     with FlopCounterMode(display=False) as counter:
         for rows in steps:
             common.gradient(base, data, run, rows, targets, trained)
     assert len(steps) > 3 and counts["step"] == counts["total"] / len(steps)
     assert counts["total"] == pytest.approx(counter.get_total_flops(), near)
     with FlopCounterMode(display=False) as counter:
-        common.score(base, data, data.test, run, "test")
-    assert counts["inference_row"] * data.official == pytest.approx(counter.get_total_flops(), near)
+        common.score(run, data, base, data.test, run, "test")
+    assert counts["inference_example"] * data.official == pytest.approx(
+        counter.get_total_flops(), near
+    )
 
 
 def test_passes_of_one_price_are_run_once(models):
@@ -236,9 +241,9 @@ def test_only_steps_are_on_the_clock(clock, models, reviews, tmp_path, monkeypat
     times = result_of(lora, tmp_path, *words)[0]["time"]
     assert times["train_seconds"] == 21 and times["epoch_seconds"] == [7, 7, 7]
     assert times["step_ms"] == {"median": 1000, "p10": 1000, "p90": 1000}
-    seen = [part for part in given if isinstance(part, common.Batch)][1:22]  # the first is a trial
+    seen = [part for part in given if isinstance(part, batches.Batch)][1:22]  # the first is a trial
     assert times["samples_per_second"] == sum(len(batch.ids) for batch in seen) / 21
-    assert times["tokens_per_second"] == sum(len(batch.real) for batch in seen) / 21
+    assert times["tokens_per_second"] == sum(len(batch.token_positions) for batch in seen) / 21
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4, 10, 11, 60])
@@ -268,7 +273,7 @@ def test_latency_of_three_states(lasting, rounds, clock, models, reviews, tmp_pa
     longest, half = data.test.lengths.sort(descending=True).values, 6 * rounds
     for each, part, rows in zip(found, (seen[:half], seen[half:]), (1, 32), strict=True):
         own, batch, _ = part[-1]
-        sizes = each["batch"], each["length"], len(batch.real)
+        sizes = each["batch"], each["length"], len(batch.token_positions)
         assert sizes == (rows, longest[0], longest[:rows].sum())
         with torch.no_grad(), library.as_plain_linears(base.model, False, torch.float32):
             plain = forward(base, batch)

@@ -16,8 +16,8 @@ ADAPTERS = [name for name in EVERY if name not in ("head only", "full")]
 
 
 def batch_of(data, n=6):
-    targets = common.predicted_tokens(data, data.train, 0)
-    return common.collate(data, data.train, torch.arange(n), targets)
+    targets = batches.predicted_tokens(data, data.train, 0)
+    return batches.collate(data, data.train, torch.arange(n), targets)
 
 
 def gradients(base, batch):
@@ -212,7 +212,7 @@ def test_targets_by_name_by_end_and_by_commas(models, reviews, tmp_path, capfd):
         run, data, base, method = ready(lora, tmp_path, *words, *flags)
         assert len(library.stand_ins(base.model)) == count and method["settings"]["targets"]
     with pytest.raises(RuntimeError, match="has adapters already"):
-        lora.adapt(base, run)
+        lora.adapt(run, base)
 
 
 def test_hira_in_bf16_sees_small_updates(models, reviews, tmp_path):
@@ -224,12 +224,12 @@ def test_hira_in_bf16_sees_small_updates(models, reviews, tmp_path):
     adapted = hira.HiRALinear(layer, 8, 0.0)
     adapted.B.data.normal_(0, 1e-3)
     x = torch.randn(64, 256)
-    exact = hira.high_rank_weight(*(t.double() for t in (layer.weight, adapted.A, adapted.B)))
+    exact = hira.hira_weight(*(t.double() for t in (layer.weight, adapted.A, adapted.B)))
     wanted = x.double() @ (exact - layer.weight.double()).T
     half = copy.deepcopy(adapted)
     half.base.weight.data = half.base.weight.bfloat16()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        rounded = hira.high_rank_weight(half.base.weight, adapted.A, adapted.B)
+        rounded = hira.hira_weight(half.base.weight, adapted.A, adapted.B)
         assert (rounded != half.base.weight).float().mean() < 0.2  # what a single product would see
         plain = half.base(x)
         update = half(x).double() - plain.double()
@@ -288,7 +288,9 @@ def test_a_decoder_reads_its_last_token_whatever_it_is(models, reviews, tmp_path
     run, data, base, _ = ready(lora, tmp_path, *rows_flags(models, reviews, "gpt2"))
     ids = torch.tensor([[5, 6, 7, data.pad], [5, 6, data.pad, data.pad]])
     read = torch.tensor([3, 4 + 2])
-    batch = common.Batch(ids, (torch.arange(4) < torch.tensor([[4], [3]])).long(), None, read, None)
+    batch = batches.Batch(
+        ids, (torch.arange(4) < torch.tensor([[4], [3]])).long(), None, read, None
+    )
     base.model.eval()
     with torch.no_grad():
         ours = common.forward(base, batch)

@@ -42,13 +42,13 @@ def test_plan_is_what_a_run_counts(models, reviews, tmp_path, capsys):
     """Beside count_memory on the largest real batch, which is as long as the plan's."""
     words = [*rows_flags(models, reviews), "--batch_size", 8, "--train_samples", 8, "--epochs", 1]
     run, data, base, method, _ = trained(lora, tmp_path, *words)
-    counted = common.count_memory(base, data, run, method)
+    counted = common.count_memory(run, data, base, method)
     words += ["--max_length", int(data.train.lengths.max()), "--precision", "fp32"]
     args = lora.parse_args(lora.__doc__, lora.__file__, lora.add_args, words)
     run = Namespace(**{**vars(args), "lr": 1e-3, "seed": 0})
     with plan.FakeTensorMode(allow_non_fake_inputs=True):
         base, batch = plan.fake_base(run, common)
-        peaks, _ = plan.count(run, base, batch, lora.adapt(base, run), common)
+        peaks, _ = plan.count(run, base, batch, lora.adapt(run, base), common)
     planned, real = sum(peaks["training"].values()), sum(counted["train"].values())
     assert planned == pytest.approx(real, rel=0.08)  # there rows are padded, and the mask counts
 

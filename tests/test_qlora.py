@@ -30,10 +30,10 @@ def close(actual, expected, tolerance):
 
 def four_bit(weight, double_quant=True):
     """What NF4 leaves of a weight."""
-    packed, absmax = qlora.quantise(weight)
+    packed, absmax = qlora.quantize(weight)
     if double_quant:
-        absmax = qlora.dequantise_scales(*qlora.quantise_scales(absmax))
-    return qlora.dequantise(packed, absmax, weight.shape)
+        absmax = qlora.dequantize_scales(*qlora.quantize_scales(absmax))
+    return qlora.dequantize(packed, absmax, weight.shape)
 
 
 def matrices():
@@ -87,8 +87,8 @@ def test_nearest_is_nearest_and_a_tie_goes_down():
 def test_round_trip_by_brute_force(name):
     """Each value becomes absmax times its nearest code; a block's largest is kept exactly."""
     weight = matrices()[name][:24]
-    packed, absmax = qlora.quantise(weight)
-    restored = qlora.dequantise(packed, absmax, weight.shape)
+    packed, absmax = qlora.quantize(weight)
+    restored = qlora.dequantize(packed, absmax, weight.shape)
     assert packed.dtype == torch.uint8 and len(packed) == -(-weight.numel() // 2)
     assert len(absmax) == -(-weight.numel() // 64)
     for block, back in zip(weight.flatten().split(64), restored.flatten().split(64), strict=True):
@@ -108,7 +108,7 @@ def test_bytes_equal_bitsandbytes(name, double_quant):
     """
     weight = matrices()[name]
     packed, state = bnb().quantize_4bit(weight, quant_type="nf4", compress_statistics=double_quant)
-    ours, absmax = qlora.quantise(weight)
+    ours, absmax = qlora.quantize(weight)
     assert torch.equal(ours, packed.flatten())
     if not double_quant:
         assert torch.equal(absmax, state.absmax)
@@ -116,9 +116,9 @@ def test_bytes_equal_bitsandbytes(name, double_quant):
             # As one row: its CPU kernel is wrong where rows are not whole blocks.
             state.shape = torch.Size([1, weight.numel()])
             theirs = bnb().dequantize_4bit(packed.view(-1, 1), state).view(weight.shape)
-            assert torch.equal(qlora.dequantise(ours, absmax, weight.shape), theirs)
+            assert torch.equal(qlora.dequantize(ours, absmax, weight.shape), theirs)
         return
-    codes, absmax2, offset = qlora.quantise_scales(absmax)
+    codes, absmax2, offset = qlora.quantize_scales(absmax)
     assert torch.equal(offset, state.offset) and torch.equal(absmax2, state.state2.absmax)
     exact = (absmax - offset) / absmax2.repeat_interleave(256)[: len(absmax)]
     off, their_off = ((qlora.DYNAMIC[each.long()] - exact).abs() for each in (codes, state.absmax))
@@ -127,7 +127,7 @@ def test_bytes_equal_bitsandbytes(name, double_quant):
     assert (steps <= torch.where(exact.abs() < 1e-5, 4, 1)).all()
     assert (steps > 0).sum() <= max(1, 0.005 * len(steps))
     scales = bnb().dequantize_blockwise(state.absmax, state.state2) + state.offset
-    close(qlora.dequantise_scales(state.absmax, absmax2, offset), scales, 1e-7)
+    close(qlora.dequantize_scales(state.absmax, absmax2, offset), scales, 1e-7)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -145,7 +145,7 @@ def test_both_backends_read_the_same_bytes_alike(shape, double_quant, dtype):
     assert torch.equal(by_torch.packed, by_bnb.packed)
     for name, tensor in by_torch.named_buffers():
         getattr(by_bnb, name).copy_(tensor)
-    ours, theirs = by_torch.dequantised(dtype), by_bnb.dequantised(dtype)
+    ours, theirs = by_torch.dequantized(dtype), by_bnb.dequantized(dtype)
     assert ours.shape == shape and ours.dtype == dtype and torch.equal(ours, theirs)
     x = torch.randn(5, shape[1], dtype=dtype)
     assert torch.equal(by_torch(x), by_bnb(x))
@@ -184,7 +184,7 @@ def layer_of(kind="linear", out_features=96, in_features=80, backend="torch"):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
 @pytest.mark.parametrize("shape", [(7, 80), (2, 5, 80)])
-def test_gradient_is_autograds_through_the_dequantised_weight(shape, kind, backend):
+def test_gradient_is_autograds_through_the_dequantized_weight(shape, kind, backend):
     """In fp32, of the 4-bit layer alone and with its LoRA; x need not be contiguous."""
     layer, base = layer_of(kind, backend=backend)
     x = torch.randn(80, *shape[:-1]).movedim(0, -1).requires_grad_(True)
@@ -204,7 +204,7 @@ def test_gradient_is_autograds_through_the_dequantised_weight(shape, kind, backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bf16_products_of_the_dequantised_weight(backend):
+def test_bf16_products_of_the_dequantized_weight(backend):
     """Under autocast output and gradient are those of its bf16 rounding, to the bit."""
     layer, base = layer_of(backend=backend)
     x = torch.randn(50, 80, requires_grad=True)
@@ -220,7 +220,7 @@ def test_bf16_products_of_the_dequantised_weight(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backward_keeps_no_dequantised_weight(backend):
+def test_backward_keeps_no_dequantized_weight(backend):
     """Neither autograd nor any Python object holds one between forward and backward."""
     layer, _ = layer_of(out_features=112, backend=backend)
     size, saved, x = 112 * 80, [], torch.randn(3, 7, 80, requires_grad=True)
@@ -241,8 +241,8 @@ def test_backward_keeps_no_dequantised_weight(backend):
 
 def gradients(base, data):
     stir(base)
-    targets = common.predicted_tokens(data, data.train, 0)
-    batch = common.collate(data, data.train, torch.arange(8), targets)
+    targets = batches.predicted_tokens(data, data.train, 0)
+    batch = batches.collate(data, data.train, torch.arange(8), targets)
     logits = common.forward(base, batch)
     F.cross_entropy(logits, batch.target).backward()
     trained = common.trained_tensors(base.model).items()
@@ -251,19 +251,19 @@ def gradients(base, data):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["distilbert", "bert", "gpt2", "llama"])
-def test_equals_lora_on_the_dequantised_base(kind, backend, models, reviews, tmp_path):
+def test_equals_lora_on_the_dequantized_base(kind, backend, models, reviews, tmp_path):
     """Logits and gradients; every linear layer in the blocks is in 4 bits, and nothing else."""
     if backend == "bitsandbytes":
         bnb()
     words = rows_flags(models, reviews, kind)
-    run, data, base, method = ready(qlora, tmp_path, *words, "--nf4_backend", backend)
+    run, data, base, method = ready(qlora, tmp_path, *words, "--nf4_kernel", backend)
     twin = ready(lora, tmp_path, *words)[2]
     layers = {n: m for n, m in base.model.named_modules() if isinstance(m, qlora.NF4Linear)}
     assert layers.keys() == set(library.block_linears(twin.model)) and method["stored"] == ":nf4"
-    assert len(layers) == {"gpt2": 8, "llama": 14}.get(kind, 12) == method["info"]()["layers"]
-    quantised = {f"{name}.weight" for name in layers}
+    assert len(layers) == {"gpt2": 8, "llama": 14}.get(kind, 12) == method["report"]()["layers"]
+    quantized = {f"{name}.weight" for name in layers}
     kept = {name for name, _ in base.model.named_parameters()}
-    assert kept == {name for name, _ in twin.model.named_parameters()} - quantised
+    assert kept == {name for name, _ in twin.model.named_parameters()} - quantized
     with torch.no_grad():
         for name, layer in layers.items():
             library.weight_of(twin.model.get_submodule(name)).copy_(layer.weight)
@@ -279,7 +279,7 @@ def test_info_counts_the_bytes(backend, models, reviews, tmp_path, capsys):
     """4 + 32/64 bits a weight, or 8 bits a scale and a little more; the numbers of each."""
     if backend == "bitsandbytes":
         bnb()
-    words = [*rows_flags(models, reviews), "--nf4_backend", backend]
+    words = [*rows_flags(models, reviews), "--nf4_kernel", backend]
     wide = qlora.NF4Linear(nn.Linear(768, 3072, bias=False), True, backend)
     assert 8 * sum(t.nbytes for t in wide.buffers()) / (768 * 3072) == pytest.approx(
         4.127, abs=1e-3
@@ -287,7 +287,7 @@ def test_info_counts_the_bytes(backend, models, reviews, tmp_path, capsys):
     plain = ready(lora, tmp_path, *words[:-2])[2].model
     for double, flags in ((True, []), (False, ["--no_double_quant"])):
         *_, base, method = ready(qlora, tmp_path, *words, *flags)
-        info = method["info"]()
+        info = method["report"]()
         layers = [m for m in base.model.modules() if isinstance(m, qlora.NF4Linear)]
         sizes = [layer.shape.numel() for layer in layers]
         scales = [n / 64 + 4 * -(-n // (64 * 256)) + 4 if double else 4 * n / 64 for n in sizes]
@@ -301,29 +301,29 @@ def test_info_counts_the_bytes(backend, models, reviews, tmp_path, capsys):
 
 
 def test_paged_is_for_cuda_and_bitsandbytes(models, reviews, tmp_path, monkeypatch, capsys):
-    words = [*rows_flags(models, reviews), "--nf4_backend", "torch", "--paged", "--max_steps", 1]
+    words = [*rows_flags(models, reviews), "--nf4_kernel", "torch", "--paged", "--max_steps", 1]
     run, data, base, method = ready(qlora, tmp_path, *words)
     assert capsys.readouterr().out.count("--paged needs CUDA") == 1
-    assert "optimizer" not in method and not method["info"]()["paged"]
-    assert qlora.train(base, data, run, method).step == 1
+    assert "optimizer" not in method and not method["report"]()["paged"]
+    assert qlora.train(run, data, base, method).step == 1
     run.device = "cuda"
     monkeypatch.setattr(qlora, "block_linears", lambda model: [])
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(SystemExit) as stop:
-        qlora.quantise_blocks(common.load_base(run, data), run)
+        qlora.quantize_blocks(common.load_base(run, data), run)
     assert stop.value.code == 2 and "--paged" in capsys.readouterr().err
 
 
 def test_without_bitsandbytes(models, reviews, tmp_path, monkeypatch, capfd):
-    """--nf4_backend auto goes on in plain torch; asked for by name it ends in one line."""
+    """--nf4_kernel auto goes on in plain torch; asked for by name it ends in one line."""
 
     def missing():
         raise ImportError("No module named 'bitsandbytes'")
 
     monkeypatch.setattr(qlora, "bitsandbytes", missing)
     words = rows_flags(models, reviews)
-    assert ready(qlora, tmp_path, *words)[3]["info"]()["backend"] == "torch"
-    words += ["--nf4_backend", "bitsandbytes", "--out", tmp_path]
+    assert ready(qlora, tmp_path, *words)[3]["report"]()["backend"] == "torch"
+    words += ["--nf4_kernel", "bitsandbytes", "--out", tmp_path]
     code, error = ended(capfd, qlora, *words)
     assert code == 2 and "pip install bitsandbytes" in error
 
@@ -334,7 +334,7 @@ def test_without_bitsandbytes(models, reviews, tmp_path, monkeypatch, capfd):
 def test_any_linear_layer_can_be_a_target(kind, targets, architecture, reviews, tmp_path):
     """The pooler stays fp32, as it is in no block; T5 looks at its layer's weight."""
     words = ["--dataset", reviews, "--model", architecture(kind), "--max_length", 24]
-    words += ["--targets", *targets, "--max_steps", 2, "--nf4_backend", "torch"]
+    words += ["--targets", *targets, "--max_steps", 2, "--nf4_kernel", "torch"]
     run, data, base, _, _ = trained(qlora, tmp_path, *words)
     layers = library.stand_ins(base.model).values()
     layers = [layer for layer in layers if isinstance(layer, qlora.QLoRALinear)]

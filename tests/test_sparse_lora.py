@@ -84,7 +84,7 @@ def test_zeros_follow_the_schedule_and_stay_zero(sparsity, steps, models, review
             assert not (before & ~now).any()
 
     assert common.train(base, data, run, method | {"after_step": watch}).step == steps
-    info = method["info"]()["sparsity"]
+    info = method["report"]()["sparsity"]
     products = torch.stack([layer.B @ layer.A for layer in layers.values()])
     assert len(seen) == steps + 1
     assert info["A"] == info["B"] == pytest.approx(sparsity, abs=0.005)
@@ -145,8 +145,8 @@ def test_rank_structure_keeps_the_strongest_components_and_the_scale(
     for path, (A, B) in full.items():
         best = (B.norm(dim=0) * A.norm(dim=1)).topk(ranks[path]).indices.sort().values
         assert torch.equal(layers[path].A, A[best]) and torch.equal(layers[path].B, B[:, best])
-    assert method["info"]()["ranks"] == ranks == method["peft"]["rank_pattern"]
-    assert method["info"]()["sparsity"]["A"] == 0  # the zeros are gone, not stored
+    assert method["report"]()["ranks"] == ranks == method["peft"]["rank_pattern"]
+    assert method["report"]()["sparsity"]["A"] == 0  # the zeros are gone, not stored
     alphas = method["peft"]["alpha_pattern"]
     assert all(alphas[path] / rank == 6 / 4 for path, rank in ranks.items())
 
@@ -224,13 +224,13 @@ def started(module, words, out, *flags):
                 tensor *= 1 if tensor.requires_grad or "emb" in name else 6
     method.get("after_step", lambda *_: None)(1, 1, 0.0)
     base.model.train()
-    ways = {n: m for n, m in base.model.named_modules() if isinstance(m, sparse_lora.WayOut)}
+    ways = {n: m for n, m in base.model.named_modules() if isinstance(m, sparse_lora.SparseDown)}
     return run, data, base, {name: way.channels for name, way in ways.items()}
 
 
 def batch_of(data, *rows):
-    targets = common.predicted_tokens(data, data.train, 0)
-    return common.collate(data, data.train, torch.arange(*(rows or (8,))), targets)
+    targets = batches.predicted_tokens(data, data.train, 0)
+    return batches.collate(data, data.train, torch.arange(*(rows or (8,))), targets)
 
 
 def gradients(base, batch):
@@ -273,7 +273,7 @@ def test_equals_autograd_of_the_masked_dense_layer(kind, task, dense_tokens, wor
         mask = torch.zeros(batch.ids.numel(), layer.weight.shape[1])
         mask[:, channels.picked] = 1
         if dense_tokens == "scored" and task != "clm":  # CLS, the last or the masked tokens
-            mask[batch.read] = 1
+            mask[batch.output_positions] = 1
         layer.register_forward_pre_hook(lambda _, x, mask=mask: x[0] * mask.view(x[0].shape))
         assert len(channels.picked) == channels.keep == channels.picked.unique().numel()
     same(ours, gradients(twin, batch))
@@ -315,7 +315,7 @@ def test_first_twentieth_of_the_steps_is_dense(total, dense, words_of, tmp_path)
     """after_step(step) decides how the next step, number step + 1, computes."""
     words = [*words_of("distilbert"), "--mode", "contextual"]
     *_, base, method = ready(sparse_lora, tmp_path, *words)
-    way = next(m for m in base.model.modules() if isinstance(m, sparse_lora.WayOut))
+    way = next(m for m in base.model.modules() if isinstance(m, sparse_lora.SparseDown))
     sparse = []
     for step in range(total):
         method["after_step"](step, total, 0.0)
@@ -344,7 +344,7 @@ def test_channels_kept_at_distilberts_depth(width, sparsity, kept, last):
             config = tiny_config("distilbert", n_layers=6, hidden_dim=width)
             model = transformers.AutoModelForSequenceClassification.from_config(config)
             base = common.Base(model.requires_grad_(False), [], "", 0, last_block_cut=cut)
-            found = sparse_lora.adapt(base, run)["info"]()["channels_kept"]
+            found = sparse_lora.adapt(run, base)["report"]()["channels_kept"]
         wanted = dict.fromkeys(range(1 if flags else 3, 5), kept) | ({} if cut else {5: last})
         assert found == {f"distilbert.transformer.layer.{i}": n for i, n in wanted.items()}
 
@@ -356,7 +356,7 @@ def test_autocast_on_cpu(kind, stored, words_of, tmp_path):
     words, found = [*words_of(kind), "--precision", stored], []
     for module, flags in ((sparse_lora, ["--channel_sparsity", EVERYTHING]), (lora, [])):
         run, data, base, _ = started(module, words, tmp_path, *flags)
-        common.place(base, run)
+        common.place(run, base)
         with torch.autocast("cpu", torch.bfloat16):
             logits = common.forward(base, batch_of(data))
         F.cross_entropy(logits, batch_of(data).target).backward()
@@ -371,7 +371,9 @@ def test_batch_without_a_masked_token(words_of, tmp_path):
     """A part of a batch may hold none: no loss, no gradient, and no error."""
     _, data, base, _ = started(sparse_lora, words_of("distilbert", "mlm"), tmp_path)
     batch = batch_of(data)
-    _, grads = gradients(base, batch._replace(read=batch.read[:0], target=batch.target[:0]))
+    _, grads = gradients(
+        base, batch._replace(read=batch.output_positions[:0], target=batch.target[:0])
+    )
     assert not any(grad.any() for grad in grads.values() if grad is not None)
 
 
@@ -395,7 +397,7 @@ def test_what_contextual_cannot_do_is_one_line(kind, flags, named, words_of, tmp
 def test_of_two_blocks_one_is_sliced(tmp_path):
     """The demo's own model: with half of its blocks dense and the last one cut, none would be."""
     _, _, base, _ = started(sparse_lora, [], tmp_path, "--mode", "contextual")
-    ways_in = [n for n, m in base.model.named_modules() if isinstance(m, sparse_lora.WayIn)]
+    ways_in = [n for n, m in base.model.named_modules() if isinstance(m, sparse_lora.SparseUp)]
     assert len(ways_in) == 1 and base.last_block_cut
 
 
