@@ -26,6 +26,7 @@ from tqdm import tqdm
 from harness import batches, meters, models
 from harness.batches import Batch, collate, count_steps, predicted_tokens, training_batches
 from harness.output_positions import compute_output_positions_only
+from harness.probe import check_logits
 from harness.process import (
     explain_out_of_memory,
     fail,
@@ -268,7 +269,7 @@ def train(run, data, base, method):
         say("nothing is trained: the model is scored as it is")
         return history
     say(f"{run.name}: {meters.describe(base)}, {run.precision} on {run.device}")
-    probe(run, data, base, method, trained)
+    try_model(run, data, base, method, trained)
     optimizer = make_optimizer(run, base, method)
     load_checkpoint(run, data, base, optimizer, history)
     clock, bar = meters.Clock(run.device), progress_bar(run, history.step, total)
@@ -303,6 +304,18 @@ def train(run, data, base, method):
     history.laps += clock.read()
     method.peft = method.peft | method.finish()
     return history
+
+
+def try_model(run, data, base, method, trained):
+    """End the program with one line where the model cannot be trained on these data."""
+    check_logits(run, data, base, forward)
+    place(run, base)  # it was in fp32
+    base.model.train()
+    trial = f"--model {run.model}: {base.model.config.model_type} cannot be trained"
+    with library_errors(f"{trial} in {run.precision}"), explain_out_of_memory(run):
+        targets = predicted_tokens(data, data.train, run.seed, 0)
+        gradient(run, data, base, method, torch.tensor([0]), targets, trained)
+    base.model.zero_grad(set_to_none=True)
 
 
 def progress_bar(run, done, total):
@@ -375,58 +388,6 @@ def log_losses(history, bar):
         return
     history.curve.append([step, lr, mean])
     bar.set_postfix(loss=f"{mean:.3f}")
-
-
-# -------------------------------------------------------------------------- before the first step
-
-
-def probe(run, data, base, method, trained):
-    """End the program with one line where this model cannot be trained or scored on these data.
-
-    In fp32 and without dropout, the longest and the shortest example are passed through alone and
-    together, and the longest once more after the shortest. Every time their logits must be the same
-    within 1e-3 of the largest: otherwise scores would depend on the batch size. A model may read
-    its padding, change its attention for good at a short batch, or have too few positions.
-    """
-    pair, targets = batches.longest_and_shortest(data)
-    count = int(targets.counts[0])
-    kind, place_again = base.model.config.model_type, run.precision != "fp32"
-
-    @torch.no_grad()
-    def logits(*examples):
-        batch = collate(data, pair, torch.tensor(examples), targets).to(run.device)
-        return forward(base, batch)
-
-    base.model.eval()
-    try:
-        if place_again:
-            base.model.float()
-        with library_errors(f"--model {run.model}: {kind} cannot read {pair.lengths[0]} tokens"):
-            alone, both, short, again = logits(0), logits(0, 1), logits(1), logits(0)
-    except torch.OutOfMemoryError:
-        say("not probed: the model in fp32 does not fit into the memory")
-    else:
-        for reason, first, second in (
-            ("beside a shorter one", alone, both[:count]),
-            ("padded beside a longer one", short, both[count:]),
-            ("after a shorter one", alone, again),
-        ):
-            if not first.numel():  # a block of one token predicts nothing
-                continue
-            largest, change = float(first.abs().max()), float((first - second).abs().max())
-            if not change <= 1e-3 * largest:
-                fail(
-                    f"--model {run.model}: {kind} gives an example {reason} other logits (by up to "
-                    f"{change:.2g}, the largest is {largest:.2g}): scores would depend on the batch"
-                )
-    if place_again:
-        place(run, base)
-    if trained:
-        base.model.train()
-        targets = predicted_tokens(data, data.train, run.seed, 0)
-        with library_errors(f"--model {run.model}: {kind} cannot be trained in {run.precision}"):
-            gradient(run, data, base, method, torch.tensor([0]), targets, trained)
-        base.model.zero_grad(set_to_none=True)
 
 
 # ---------------------------------------------------------------------------------------- scoring
