@@ -291,16 +291,14 @@ def train(run, data, base, method):
             bar.update()
             if step == total or step % max(1, total // 50) == 0:  # each look makes a GPU wait
                 log_losses(history, bar)
-            if history.diverged:
-                break
-            if stop or step == total or run.save_every and step % run.save_every == 0:
+            save = stop or step == total or run.save_every and step % run.save_every == 0
+            if save and not history.diverged:
                 history.laps += clock.read()
                 save_checkpoint(run, data, base, optimizer, history)  # scoring may be stopped, too
-            if stop:
-                bar.close()
-                fail(
-                    f"stopped at step {step} of {total}; the same command continues", 128 + stop[0]
-                )
+            if stop or history.diverged:
+                break
+    if stop:
+        fail(f"stopped at step {step} of {total}; the same command continues", 128 + stop[0])
     history.laps += clock.read()
     method.peft = method.peft | method.finish()
     return history

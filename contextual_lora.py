@@ -12,9 +12,9 @@ them contribute little. In each training step every sliced block scores its chan
 the batch's tokens and computes only the best ones, forward and backward. The LoRA branch stays
 dense, and so do the first steps, evaluation and merging.
 
-Channels are picked once a step, on the first examples of the global batch (SAMPLED_TOKENS of them),
-and kept for all of its parts: --batch_size, --grad_accum and the device change no result. Under
-torchrun each process picks for its own examples.
+Channels are picked once a step, on the first 1,024 tokens of the global batch, and kept for all of
+its parts: --batch_size, --grad_accum and the device change no result. Under torchrun each process
+picks for its own examples.
 
 Departures from the paper, which treats decoders of 7B weights and more: all about encoders is our
 extrapolation. [CLS], or the masked tokens that are scored, stay dense, as the paper keeps a
@@ -34,22 +34,13 @@ from common import Method, evaluate, load_base, load_data, measure, replace, tra
 from harness.batches import leading_examples
 from harness.export import export
 from harness.flags import adapter_args, natural, parse_args, positive, runs, share
-from harness.models import block_linears, find_targets, is_linear
+from harness.models import activation, feed_forward_layers, find_targets, is_linear
 from harness.process import choose_device, fail, join_process_group
 from harness.splits import generator_for
 from harness.store import load_adapter, save_result
 from lora import LoRALinear
 from plan import plan
 
-FFN = (  # the layers into and out of a block's wide middle; a gated one has two layers into it
-    ("intermediate.dense", "output.dense"),  # BERT and its relatives
-    ("ffn.lin1", "ffn.lin2"),  # DistilBERT
-    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),  # Llama and its relatives
-    ("fc1", "fc2"),  # BART, OPT, Phi
-    ("DenseReluDense.wi", "DenseReluDense.wo"),  # T5
-    ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),  # gated T5
-    ("dense_h_to_4h", "dense_4h_to_h"),  # Falcon, BLOOM
-)
 CANDIDATES = 1024  # tokens at the start of a batch that a sample is drawn from
 SAMPLED = 128  # tokens in the sample
 
@@ -234,40 +225,20 @@ def scoring_function(run, layers, act):
     return lambda x: estimated_scores(x.float(), factors, biases, act)
 
 
-def find_blocks(run, base):
-    """The feed-forward layers of every block: {block: names of the layers in, and the one out}."""
-    model = base.model
-    linears = block_linears(model)
-    known = [ends for ends in FFN if any(name.endswith(f".{ends[0]}") for name in linears)]
-    ends = known[0] if known else [None]
-    names = [name for name, _ in model.named_modules() if name.endswith(f".{ends[0]}")]
-    if not names or not set(names) <= set(linears):
-        kind = model.config.model_type
-        fail(f"--model {run.model}: no plain feed-forward layers known in {kind}")
-    blocks = {name.removesuffix(ends[0]): ends for name in names}
-    for block in blocks:
-        for end in ends:
-            if not is_linear(model.get_submodule(block + end)):
-                fail(f"--targets: {end} is sliced here, so it cannot be adapted; leave it out")
-    return blocks
-
-
-def activation_of(config):
-    """The function between a block's layers into its wide middle and the one out of it."""
-    from transformers.activations import ACT2FN
-
-    keys = ("hidden_act", "activation", "activation_function", "hidden_activation", "dense_act_fn")
-    names = [getattr(config, key, None) for key in keys]
-    return next((ACT2FN[name] for name in names if name), nn.GELU(approximate="tanh"))  # BLOOM's
-
-
 def slice_blocks(run, base):
     """Wrap the feed-forward layers of the deep half of the blocks, in place.
 
     Returns (StepState, {block: channels kept}).
     """
     model, step, kept = base.model, StepState(run, base), {}
-    act, blocks = activation_of(model.config), find_blocks(run, base)
+    act, blocks = activation(model.config), feed_forward_layers(model)
+    if not blocks:
+        kind = model.config.model_type
+        fail(f"--model {run.model}: no plain feed-forward layers known in {kind}")
+    for name, ends in blocks.items():
+        for end in ends:
+            if not is_linear(model.get_submodule(name + end)):
+                fail(f"--targets: {end} is sliced here, so it cannot be adapted; leave it out")
     sliceable = len(blocks) - base.last_block_cut
     first = run.dense_layers
     if first is None:  # half, but in a model of two blocks one is sliced

@@ -15,8 +15,6 @@ Departures from the paper: its A and B are named the other way round; the learni
 1e-3 (a step is multiplied by |W0|, a few hundredths); --dropout is PEFT's, the authors have none.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,7 +22,7 @@ from torch import nn
 from common import Method, evaluate, load_base, load_data, measure, replace, train
 from harness.export import export
 from harness.flags import adapter_args, parse_args, runs, share
-from harness.models import AdapterLayer, find_targets, weight_of
+from harness.models import AdapterLayer, compute_dtype, find_targets, weight_of
 from harness.process import choose_device, join_process_group
 from harness.store import load_adapter, save_result
 from plan import plan
@@ -60,13 +58,11 @@ class HadamardProduct(torch.autograd.Function):
 
     With M = (δᵀ·x) ⊙ W0: dA = Bᵀ·M, dB = M·Aᵀ, dx = δ·W with W as in the forward pass (section
     4.7). `dense` is hira_weight, or hira_update for the update's product alone, without a bias.
-    Under autocast products are in its dtype.
     """
 
     @staticmethod
     def forward(ctx, x, base, A, B, dense):
-        kind, ctx.base, ctx.dense = x.device.type, base, dense
-        x = x.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype)
+        ctx.base, ctx.dense, x = base, dense, x.to(compute_dtype(x))
         ctx.save_for_backward(x, A, B)
         bias = base.bias if dense is hira_weight else None
         return F.linear(x, dense(weight_of(base).to(x.dtype), A, B), bias)
@@ -90,13 +86,12 @@ class HiRALinear(AdapterLayer):
         super().__init__(base)
         self.A = nn.Parameter(torch.empty(rank, self.in_features))
         self.B = nn.Parameter(torch.zeros(self.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # uniform in ±1/√in
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # uniform in ±1/√in
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        rows = self.dropout(x.flatten(0, -2))  # not a view of x: models may change y in place
-        # The update is a branch of its own where its input differs, and in bf16, whose 8 bits
-        # would round small updates of a weight away.
+        rows = self.dropout(x.flatten(0, -2))  # no view: models may change it in place
+        # Apart from the base where inputs differ, and in bf16, which would lose small updates.
         if self.training and self.dropout.p or torch.is_autocast_enabled(x.device.type):
             y = HadamardProduct.apply(rows, self.base, self.A, self.B, hira_update)
             return self.base(x) + y.unflatten(0, x.shape[:-1])
@@ -119,9 +114,8 @@ def adapt(run, base):
     @torch.no_grad()
     def report():
         name, layer = next(iter(layers.items()))  # of one layer: at 4,096² it takes seconds
-        update = hira_update(weight_of(layer.base).float(), layer.A, layer.B)
-        rank = torch.linalg.matrix_rank(update.nan_to_num(0, 0, 0))  # NaN where training diverged
-        return {"rank_of_update": {name: int(rank)}}
+        update = hira_update(weight_of(layer.base).float(), layer.A, layer.B).nan_to_num(0, 0, 0)
+        return {"rank_of_update": {name: int(torch.linalg.matrix_rank(update))}}
 
     peft = {"peft_type": "HIRA", "target_modules": targets, "r": run.rank}
     return Method(peft | {"hira_dropout": run.dropout}, report=report)

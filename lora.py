@@ -13,8 +13,6 @@ Departures from the paper: A starts Kaiming-uniform, as in the authors' loralib,
 16 at every rank, where PEFT's default is 8; dropout, off by default, acts on the adapter's input.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -52,7 +50,7 @@ class LoRALinear(AdapterLayer):
         super().__init__(base)
         self.A = nn.Parameter(torch.empty(rank, self.in_features))
         self.B = nn.Parameter(torch.zeros(self.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # uniform in ±1/√in
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # uniform in ±1/√in
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
 

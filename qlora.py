@@ -15,10 +15,8 @@ Departures from the paper: LoRA sits on --targets (query and value, as in the ot
 parameters are equal) where the paper adapts every linear layer; its 8-bit "FP8" is the authors' own
 dynamic map; the optimizer is plain AdamW unless --paged. A paged optimizer moves its state to CPU
 memory when the GPU's runs out, but bitsandbytes pages tensors of 100,000 numbers or more only: A
-and B of a layer 768 wide from rank 131 on, 4096 wide from rank 25.
-
-The code below always packs the weights. It can unpack them, too; where bitsandbytes is installed,
-its kernel does that faster (--nf4_kernel), with the same values.
+and B of a layer 768 wide from rank 131 on, 4096 wide from rank 25. The code below packs the
+weights; bitsandbytes' kernel unpacks them faster than ours, with the same values (--nf4_kernel).
 """
 
 import functools
@@ -30,10 +28,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import Method, evaluate, load_base, load_data, measure, replace, train
+from harness import models
 from harness.export import export
 from harness.flags import adapter_args, parse_args, positive, runs, share
-from harness.models import AdapterLayer, StandIn, block_linears, features, find_targets, weight_of
-from harness.process import choose_device, fail, first_line, join_process_group, say
+from harness.models import AdapterLayer, StandIn, compute_dtype, features, weight_of
+from harness.process import choose_device, fail, join_process_group, library_errors, say
 from harness.store import load_adapter, save_result
 from plan import plan
 
@@ -74,10 +73,9 @@ def dynamic_map():
     Decades from 1e-6 to 1, each split finer than the last.
     """
     bins = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
-    positive = torch.cat(
-        [10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2 for i, edges in enumerate(bins)]
-    )
-    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
+    decades = [10.0 ** (i - 6) * (bin[:-1] + bin[1:]) / 2 for i, bin in enumerate(bins)]
+    upper = torch.cat(decades)
+    return torch.cat([-upper, upper, torch.tensor([0.0, 1.0])]).sort().values
 
 
 DYNAMIC = dynamic_map()
@@ -96,7 +94,7 @@ def blocks_of(values, size):
 def quantize(weight):
     """NF4 (sections 2, 3): weight (out, in) -> packed (out·in/2,) uint8, absmax (out·in/64,) fp32.
 
-    64 neighbouring weights share one scale, their largest magnitude; each becomes the nearest of
+    64 neighboring weights share one scale, their largest magnitude; each becomes the nearest of
     the 16 values.
     """
     blocks = blocks_of(weight.float().flatten(), 64)
@@ -114,11 +112,8 @@ def quantize_scales(absmax):
     table, offset = tables(absmax.device)[1], absmax.mean()
     blocks = blocks_of(absmax - offset, 256)
     absmax2 = blocks.abs().amax(1)
-    return (
-        nearest(blocks / absmax2.clamp(min=1e-38)[:, None], table).flatten()[: len(absmax)],
-        absmax2,
-        offset,
-    )
+    codes = nearest(blocks / absmax2.clamp(min=1e-38)[:, None], table).flatten()
+    return codes[: len(absmax)], absmax2, offset
 
 
 @functools.cache
@@ -137,12 +132,6 @@ def dequantize(packed, absmax, shape):
     """The inverse of quantize, up to rounding: weight of `shape` (out, in), fp32."""
     values = F.embedding(packed.int(), tables(packed.device)[0]).flatten()
     return (blocks_of(values, 64) * absmax[:, None]).flatten()[: math.prod(shape)].view(shape)
-
-
-def compute_dtype(x):
-    """The dtype that products with x are computed in: autocast's inside autocast, else x's own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class NF4Product(torch.autograd.Function):
@@ -225,7 +214,7 @@ class QLoRALinear(AdapterLayer):
         super().__init__(base)
         self.A = nn.Parameter(torch.empty(rank, self.in_features))
         self.B = nn.Parameter(torch.zeros(self.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # uniform in ±1/√in
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # uniform in ±1/√in
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
 
@@ -250,24 +239,22 @@ def find_kernel(run):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional  # noqa: F401 - registers torch.ops.bitsandbytes
-
-        return "bitsandbytes"
     except (ImportError, RuntimeError, OSError) as error:
         if run.nf4_kernel == "bitsandbytes":
-            fail(f"--nf4_kernel bitsandbytes: pip install bitsandbytes ({first_line(error)})")
+            fail(f"--nf4_kernel bitsandbytes: pip install bitsandbytes ({error})")
         return "torch"
+    return "bitsandbytes"
 
 
 def find_optimizer(run):
-    """bitsandbytes' paged AdamW with --paged on a GPU; else None, torch's AdamW."""
-    if run.paged and "cuda" not in run.device:
-        say("--paged needs CUDA; training with plain AdamW, whose steps are the same")
-    if not run.paged or "cuda" not in run.device:
+    """The Method's field for bitsandbytes' paged AdamW, with --paged on a GPU; else {}."""
+    if not run.paged:
         return {}
-    try:
+    if "cuda" not in run.device:
+        say("--paged needs CUDA; training with plain AdamW, whose steps are the same")
+        return {}
+    with library_errors("--paged: bitsandbytes cannot be imported; leave it out"):
         from bitsandbytes.optim import PagedAdamW32bit
-    except (ImportError, RuntimeError, OSError) as error:
-        fail(f"--paged: bitsandbytes cannot be imported ({first_line(error)}); leave it out")
 
     class ResumedPagedAdamW(PagedAdamW32bit):
         """bitsandbytes 0.50 loads a checkpoint's state into ordinary GPU memory: page it again."""
@@ -283,12 +270,9 @@ def find_optimizer(run):
 
 
 def quantize_blocks(run, base):
-    """Put every linear layer inside base.model's blocks into 4 bits, one by one, in place.
-
-    Returns the fields of a Method that are about the base.
-    """
+    """Put every linear layer inside the blocks into 4 bits, in place; returns a Method's fields."""
     model, kernel = base.model, find_kernel(run)
-    names, weights, stored = block_linears(model), 0, 0
+    names, weights, stored = models.block_linears(model), 0, 0
     for name in names:
         layer = NF4Linear(model.get_submodule(name), not run.no_double_quant, kernel, run.device)
         model.set_submodule(name, layer)
@@ -299,24 +283,18 @@ def quantize_blocks(run, base):
     # A mixture of experts keeps its experts as parameters of three dimensions, not as layers.
     other = sum(t.numel() for n, t in model.named_parameters() if t.ndim > 2 and n not in base.head)
     if other:
-        share = 100 * other / (other + weights)
-        say(f"not in NF4: {other:,} weights in no linear layer, {share:.0f} % of the blocks'")
-    numbers = {
-        "kernel": kernel,
-        "double_quant": not run.no_double_quant,
-        "layers": len(names),
-        "weights": weights,
-        "weights_not_quantized": other,
-        "bytes_nf4": stored,
-        "paged": run.paged and "cuda" in run.device,
-    }
-    stored_as = "nf4-single" if run.no_double_quant else "nf4"
-    return {"base_format": stored_as, "report": lambda: numbers, **find_optimizer(run)}
+        percent = 100 * other / (other + weights)
+        say(f"not in NF4: {other:,} weights in no linear layer, {percent:.0f} % of the blocks'")
+    numbers = {"kernel": kernel, "double_quant": not run.no_double_quant, "layers": len(names)}
+    numbers |= {"weights": weights, "weights_not_quantized": other, "bytes_nf4": stored}
+    numbers["paged"] = run.paged and "cuda" in run.device
+    base_format = "nf4-single" if run.no_double_quant else "nf4"
+    return {"base_format": base_format, "report": lambda: numbers, **find_optimizer(run)}
 
 
 def adapt(run, base):
     """Adapt every target layer of base.model, in place; returns the Method."""
-    quantized, targets = quantize_blocks(run, base), find_targets(base.model, run.targets)
+    quantized, targets = quantize_blocks(run, base), models.find_targets(base.model, run.targets)
     replace(base.model, targets, lambda layer: QLoRALinear(layer, run.rank, run.alpha, run.dropout))
     peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
     peft |= {"lora_alpha": run.alpha, "lora_dropout": run.dropout}

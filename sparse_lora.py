@@ -93,7 +93,7 @@ class LoRALinear(AdapterLayer):
         super().__init__(base)
         self.A = nn.Parameter(torch.empty(rank, self.in_features))
         self.B = nn.Parameter(torch.zeros(self.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # uniform in ±1/√in
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # uniform in ±1/√in
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
 

@@ -30,6 +30,16 @@ TARGETS = (  # the query and value projections, the LoRA paper's choice; the fir
     ["attention.self.in_proj"],  # DeBERTa
 )
 
+FFN = (  # the layers into and out of a block's wide middle; a gated one has two layers into it
+    ("intermediate.dense", "output.dense"),  # BERT and its relatives
+    ("ffn.lin1", "ffn.lin2"),  # DistilBERT
+    ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),  # Llama and its relatives
+    ("fc1", "fc2"),  # BART, OPT, Phi
+    ("DenseReluDense.wi", "DenseReluDense.wo"),  # T5
+    ("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),  # gated T5
+    ("dense_h_to_4h", "dense_4h_to_h"),  # Falcon, BLOOM
+)
+
 
 class StandIn(nn.Module):
     """A module in the place of one of the model's linear layers: the common part of all of them.
@@ -189,6 +199,12 @@ def features(layer):
     return layer.in_features, layer.out_features
 
 
+def compute_dtype(x):
+    """The dtype that products with x are computed in: autocast's inside autocast, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def block_linears(model):
     """Names of the linear layers inside the blocks: not embeddings, poolers or heads."""
     named = model.base_model.named_modules(prefix=model.base_model_prefix)
@@ -209,6 +225,25 @@ def find_targets(model, targets):
 
 def layer_names(model):
     return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)}))
+
+
+def feed_forward_layers(model):
+    """{block: ends of the names of its feed-forward layers, the one out last}; {} if unknown."""
+    linears = block_linears(model)
+    known = [ends for ends in FFN if any(name.endswith(f".{ends[0]}") for name in linears)]
+    ends = known[0] if known else [None]
+    names = [name for name, _ in model.named_modules() if name.endswith(f".{ends[0]}")]
+    plain = set(names) <= set(linears)  # an adapted layer is not
+    return {name.removesuffix(ends[0]): ends for name in names} if plain else {}
+
+
+def activation(config):
+    """The function between a block's layers into its wide middle and the one out of it."""
+    from transformers.activations import ACT2FN
+
+    keys = ("hidden_act", "activation", "activation_function", "hidden_activation", "dense_act_fn")
+    names = [getattr(config, key, None) for key in keys]
+    return next((ACT2FN[name] for name in names if name), nn.GELU(approximate="tanh"))  # BLOOM's
 
 
 def longest_input(config, model=None):
