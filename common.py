@@ -38,6 +38,7 @@ from harness.process import (
     say,
     stop_signals,
 )
+from harness.progress import Progress
 from harness.rows import load_tokenizer, read_rows
 from harness.splits import Split, describe, seed_for, split_rows, split_text
 from harness.store import load_checkpoint, save_checkpoint
@@ -272,8 +273,8 @@ def train(run, data, base, method):
     try_model(run, data, base, method, trained)
     optimizer = make_optimizer(run, base, method)
     load_checkpoint(run, data, base, optimizer, history)
-    clock, bar = meters.Clock(run.device), progress_bar(run, history.step, total)
-    with explain_out_of_memory(run), stop_signals() as stop, bar:
+    clock, progress = meters.Clock(run.device), Progress(run, history.step, total)
+    with explain_out_of_memory(run), stop_signals() as stop, progress:
         for step, examples, targets in training_batches(run, data, history.step + 1, total):
             clock.start()
             base.model.train()
@@ -288,9 +289,9 @@ def train(run, data, base, method):
             clock.stop()
             history.step = step
             history.losses.append((step, lr, loss))
-            bar.update()
+            progress.update()
             if step == total or step % max(1, total // 50) == 0:  # each look makes a GPU wait
-                log_losses(history, bar)
+                log_losses(history, progress)
             save = stop or step == total or run.save_every and step % run.save_every == 0
             if save and not history.diverged:
                 history.laps += clock.read()
@@ -314,13 +315,6 @@ def try_model(run, data, base, method, trained):
         targets = predicted_tokens(data, data.train, run.seed, 0)
         gradient(run, data, base, method, torch.tensor([0]), targets, trained)
     base.model.zero_grad(set_to_none=True)
-
-
-def progress_bar(run, done, total):
-    """A bar over the steps; none where no person watches, or in other processes than the first."""
-    name = f"{run.name} lr {run.lr:g} seed {run.seed}"
-    quiet = process_index() > 0 or None
-    return tqdm(total=total, initial=done, desc=name, leave=False, disable=quiet)
 
 
 def learning_rate_scale(step, total, warmup):
@@ -374,18 +368,17 @@ def all_reduce(loss, trained):
     return flat[0]
 
 
-def log_losses(history, bar):
+def log_losses(history, progress):
     """Move the losses since the last look into the curve, as a mean; notes if it is NaN."""
     step, lr, _ = history.losses[-1]
     mean = torch.tensor([float(loss) for _, _, loss in history.losses]).mean().item()
     history.losses.clear()
     if not math.isfinite(mean):
-        bar.close()
         say(f"the loss is NaN or infinite at step {step}, lr {lr:.3g}: this run ends; lower --lr?")
         history.diverged = True
         return
     history.curve.append([step, lr, mean])
-    bar.set_postfix(loss=f"{mean:.3f}")
+    progress.show_loss(mean)
 
 
 # ---------------------------------------------------------------------------------------- scoring
@@ -476,6 +469,8 @@ def summarize(data, split, scores, first=None):
 
 # -------------------------------------------------------------------------------------- measuring
 
+COUNTED = {}  # the latest run's memory and FLOPs: of runs that differ in lr alone they are the same
+
 
 def measure(run, data, base, method, history):
     """The costs of a trained model, as the result file has them.
@@ -500,8 +495,14 @@ def measure(run, data, base, method, history):
                 raise
             say(f"{name}: not measured ({type(error).__name__}: {first_line(error)})")
 
-    attempt("memory", count_memory, method)
-    attempt("flops", count_flops, method, steps)
+    shapes = [tuple(tensor.shape) for tensor in trained_tensors(base.model).values()]
+    key = repr((run.settings, run.seed, run.device, base.sha256, history.step, shapes))
+    if key not in COUNTED:
+        attempt("memory", count_memory, method)
+        attempt("flops", count_flops, method, steps)
+        COUNTED.clear()
+        COUNTED[key] = {name: costs[name] for name in ("memory", "flops") if name in costs}
+    costs |= COUNTED[key]
     if run.timing:
         attempt("inference", time_inference)
         attempt("merged", score_merged)

@@ -7,6 +7,7 @@ The script's own code takes one training step on fake tensors, which have shapes
 the instruments that measure a real run count it. `my-7b/` need hold nothing but its config.json.
 """
 
+import math
 from argparse import Namespace
 
 import torch
@@ -78,3 +79,11 @@ def plan(args, adapt):
         say(f"{kind:16}" + "".join(f"{peak[kind] / 2**30:12.2f}" for peak in peaks.values()))
     say(f"{'peak':16}" + "".join(f"{sum(p.values()) / 2**30:12.2f}" for p in peaks.values()))
     say(f"{operations / 1e12:,.2f} TFLOP a training pass")
+    count = len(set(args.seeds)) * len(set(args.lr))
+    steps = args.max_steps
+    if args.train_samples and not steps:
+        steps = args.epochs * math.ceil(args.train_samples / (args.batch_size * args.grad_accum))
+    length = f"{count * steps:,} steps in all" if steps else f"{args.epochs} epochs each"
+    say(
+        f"{count} runs ({len(set(args.lr))} learning rates × {len(set(args.seeds))} seeds), {length}"
+    )

@@ -246,4 +246,7 @@ def runs(args):
     there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)) and not args.eval_only:
         fail(f"--out {args.out}: no folder that can be written; name another")
-    yield from [run for run in todo if args.eval_only or not finished(run)]
+    todo = [run for run in todo if args.eval_only or not finished(run)]
+    for number, run in enumerate(todo, 1):
+        run.number, run.count = number, len(todo)
+    yield from todo
