@@ -227,8 +227,9 @@ def place(run, base):
     with explain_out_of_memory(run):
         for tensor in base.model.parameters():
             whole = run.precision == "fp32" or tensor.requires_grad or tensor.ndim < 2
-            tensor.data = tensor.float() if whole else tensor.bfloat16()
-        base.model.to(run.device)
+            tensor.data = tensor.to(run.device, torch.float32 if whole else torch.bfloat16)
+        for tensor in base.model.buffers():
+            tensor.data = tensor.to(run.device)
 
 
 def forward(base, batch):

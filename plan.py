@@ -69,7 +69,8 @@ def plan(args, adapt):
 
         memory = step_memory(run, base, method, backward, inference)
         operations = meters.count_flops(base.model.train(), backward) if "train" in memory else 0
-    peaks = {phase: memory[phase] for phase in ("train", "inference") if phase in memory}
+    names = {"training": "train", "scoring": "inference"}
+    peaks = {name: memory[phase] for name, phase in names.items() if phase in memory}
     checkpointing = "with" if run.checkpointing else "without"
     say(f"{run.name}: {meters.describe(base)}")
     shape = f"{run.batch_size} × {run.max_length} tokens"
@@ -79,11 +80,8 @@ def plan(args, adapt):
         say(f"{kind:16}" + "".join(f"{peak[kind] / 2**30:12.2f}" for peak in peaks.values()))
     say(f"{'peak':16}" + "".join(f"{sum(p.values()) / 2**30:12.2f}" for p in peaks.values()))
     say(f"{operations / 1e12:,.2f} TFLOP a training pass")
-    count = len(set(args.seeds)) * len(set(args.lr))
-    steps = args.max_steps
+    lrs, seeds, steps = len(set(args.lr)), len(set(args.seeds)), args.max_steps
     if args.train_samples and not steps:
         steps = args.epochs * math.ceil(args.train_samples / (args.batch_size * args.grad_accum))
-    length = f"{count * steps:,} steps in all" if steps else f"{args.epochs} epochs each"
-    say(
-        f"{count} runs ({len(set(args.lr))} learning rates × {len(set(args.seeds))} seeds), {length}"
-    )
+    length = f"{lrs * seeds * steps:,} steps in all" if steps else f"{args.epochs} epochs each"
+    say(f"{lrs * seeds} runs ({lrs} learning rates × {seeds} seeds), {length}")

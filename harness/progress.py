@@ -1,4 +1,4 @@
-"""How far the runs of a command are: a bar on a terminal, else a line at every tenth of the work."""
+"""How far the runs of a command are: a bar on a terminal, else a line at every tenth."""
 
 import time
 
