@@ -1,52 +1,55 @@
 """Tune, pair, test, judge: which method is better, is the difference real, what does it cost?
 
-    python compare.py results/            verdicts and a table here, the page in results/README.md
+    python compare.py results/            verdicts, a table and the next step here; all in README.md
     python compare.py study/ --json       every number, for a program
 
-A replicate is a seed: of a method's rates the one that is best on that seed's dev rows, scored on
-the test rows. Tested are the pairs of the four methods, in the variant that most of them have, by
-seed and by row: accuracies in points, perplexities as ratios, in 100·ln(perplexity).
+For each seed and method the learning rate with the best dev score is picked, and that run's test
+score counts. Then every pair of the four methods is compared, paired by seed and by test example:
+accuracies in points, perplexities as ratios, in 100·ln(perplexity).
 """
 
 import argparse
+import dataclasses
 import json
 import math
+from collections import Counter
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from harness import page, plots, results, tables
 from harness.process import fail
-from harness.results import SIGN, in_units, natural
+from harness.text import printable
+from report import page, plots, results, tables
+from report.results import SIGN, Group, Pair, Row, in_units, margin_on_scale, natural
 
-SEEDS = 6  # a verdict needs as many
+SEEDS = 6  # at least as many are needed for a verdict
 # ------------------------------------------------------------- statistics: arrays in, numbers out
 
 
-def noises(d):
-    """Squared standard errors of the mean of d (n seeds, m rows), as an array [seeds, rows, rest].
+def squared_errors(d):
+    """Squared standard errors of the mean of d (n seeds, m examples): [seeds, examples, rest].
 
-    Seeds: s²/n of the n seeds' means, as in a paired t-test: training again. Rows: s²/m of the m
-    rows' means: other test rows. Both hold the rest, the variance that is neither a seed's nor a
-    row's, over n·m (mean squares of a two-way layout with random effects).
+    Seeds: s²/n of the n seeds' means, as in a paired t-test: training again. Examples: s²/m of the
+    m examples' means: other test examples. Both include the rest, the variance that belongs to
+    neither alone, over n·m (mean squares of a two-way layout with random effects).
     """
     n, m = d.shape
-    seeds, rows = d.mean(1), d.mean(0)
-    rest = ((d - seeds[:, None] - rows + d.mean()) ** 2).sum() / ((n - 1) * (m - 1))
-    return np.array([seeds.var(ddof=1) / n, rows.var(ddof=1) / m, rest / (n * m)])
+    seeds, examples = d.mean(1), d.mean(0)
+    rest = ((d - seeds[:, None] - examples + d.mean()) ** 2).sum() / ((n - 1) * (m - 1))
+    return np.array([seeds.var(ddof=1) / n, examples.var(ddof=1) / m, rest / (n * m)])
 
 
-def both_noises(noise, n, m):
-    """(standard error, degrees of freedom) of a mean over new seeds and new rows at once.
+def combined_error(squared, n, m):
+    """(standard error, degrees of freedom) of a mean over new seeds and new examples at once.
 
-    seeds + rows - rest, as both hold the rest (Cornfield & Tukey 1956), and never less than one of
-    the two; degrees of freedom after Satterthwaite (1946). noise: as from noises(), or arrays.
+    seeds + examples - rest, as both include the rest (Cornfield & Tukey 1956), and never less than
+    either; degrees of freedom after Satterthwaite (1946). squared: as from squared_errors().
     """
-    seeds, rows, rest = noise
-    total = np.maximum(seeds + rows - rest, np.maximum(seeds, rows))
-    spread = seeds**2 / (n - 1) + rows**2 / (m - 1) + rest**2 / ((n - 1) * (m - 1))
+    seeds, examples, rest = squared
+    total = np.maximum(seeds + examples - rest, np.maximum(seeds, examples))
+    spread = seeds**2 / (n - 1) + examples**2 / (m - 1) + rest**2 / ((n - 1) * (m - 1))
     return np.sqrt(total), np.where(total > 0, total**2 / np.where(total > 0, spread, 1), n - 1)
 
 
@@ -56,23 +59,24 @@ def two_sided(mean, error, df):
         return np.nan_to_num(2 * stats.t.sf(np.abs(mean) / error, df), nan=1.0)
 
 
-def half_width(noise, n, m, level=0.95):
-    """Half the interval of a difference: over seeds alone or of both noises, whichever is wider."""
-    (error, df), tail = both_noises(noise, n, m), (1 + level) / 2
-    return np.maximum(stats.t.ppf(tail, n - 1) * noise[0] ** 0.5, stats.t.ppf(tail, df) * error)
+def half_width(squared, n, m, level=0.95):
+    """Half the interval of a difference: over seeds alone or over both, whichever is wider."""
+    (error, df), tail = combined_error(squared, n, m), (1 + level) / 2
+    alone = stats.t.ppf(tail, n - 1) * np.sqrt(squared[0])
+    return np.maximum(alone, stats.t.ppf(tail, df) * error)
 
 
-def judge(mean, noise, n, m, margin):
-    """(p over seeds, p, equal) of a mean difference; numbers or arrays. noise: as from noises().
+def judge(mean, squared, n, m, margin):
+    """(p over seeds, p, equal) of a mean difference; numbers or arrays.
 
-    p over seeds: the paired t-test. p: that one or the test of both noises, whichever is larger; so
-    a difference must be more than the noise of training and hold for other rows, too. equal: the
-    90 % intervals, over seeds and of both, lie within the margin: two one-sided tests at 5 % each
-    (TOST, Schuirmann 1987).
+    p over seeds: the paired t-test. p: that one or the test over seeds and examples, whichever is
+    larger, so a difference must exceed what training again changes and hold for other examples.
+    equal: the 90 % intervals, over seeds and over both, lie within the margin: two one-sided tests
+    at 5 % each (TOST, Schuirmann 1987).
     """
-    (error, df), alone = both_noises(noise, n, m), np.sqrt(noise[0])
-    seeds, largest = two_sided(mean, alone, n - 1), np.abs(mean) + half_width(noise, n, m, 0.9)
-    return seeds, np.maximum(seeds, two_sided(mean, error, df)), largest < margin
+    (error, df), alone = combined_error(squared, n, m), np.sqrt(squared[0])
+    p_seeds, largest = two_sided(mean, alone, n - 1), np.abs(mean) + half_width(squared, n, m, 0.9)
+    return p_seeds, np.maximum(p_seeds, two_sided(mean, error, df)), largest < margin
 
 
 def holm(p):
@@ -82,248 +86,242 @@ def holm(p):
     return adjusted
 
 
-def noises_at(noise, n, m, seeds, rows):
-    """The noises to expect with `seeds` and `rows`, numbers or arrays, in place of n and m."""
-    rest = noise[2] * n * m / (seeds * rows)
-    own = np.maximum(noise[:2] - noise[2], 0)
-    return own[0] * n / seeds + rest, own[1] * m / rows + rest, rest
+def detectable(squared, n, m, alpha, studies=20_000):
+    """The smallest true difference that 80 % of such studies find, at a level of alpha.
 
-
-def what_decides(mean, noise, n, m, margin, alpha):
-    """(seeds, rows) that bring a verdict if difference and spread stay as seen; None if none do.
-
-    Seeds alone where at most 100 do, else rows alone, up to a million, else the smallest product.
-    alpha: 5 % over the number of pairs, Holm's strictest step.
-    """
-    seeds = np.arange(n, 101)[:, None]
-    rows = np.ceil(np.geomspace(m, max(m, 1e6), 200))
-    _, p, equal = judge(mean, noises_at(noise, n, m, seeds, rows), seeds, rows, margin)
-    decided = (p < alpha) | equal  # (seeds, rows)
-    decided[:1, 0] = False  # what there is did not decide
-    for some in (decided[:, :1], decided[:1], decided):
-        if some.any():
-            i, j = min(np.argwhere(some).tolist(), key=lambda at: seeds[at[0], 0] * rows[at[1]])
-            return int(seeds[i, 0]), int(rows[j])
-    return None
-
-
-def power(noise, n, m, margin, alpha, studies=20_000):
-    """How often such a study finds a true difference of one margin, and calls none at all equal.
-
-    Simulated with a fixed seed: normal noise, whose mean squares are independent chi-squares.
-    `alpha` is Holm's strictest step, so a difference is found in at least that share of studies.
+    Simulated with a fixed seed: normal differences, whose mean squares are independent chi-squares.
+    A study finds a difference where its mean, which is the true difference and an error, exceeds
+    the half width of the interval at that level.
     """
     rng, freedom = np.random.default_rng(0), (n - 1, m - 1, (n - 1) * (m - 1))
-    true = noises_at(noise, n, m, n, m)
+    true = np.maximum(squared, squared[2])  # both include the rest
     seen = [x * rng.chisquare(df, studies) / df for x, df in zip(true, freedom, strict=True)]
-    luck = rng.normal(0, both_noises(true, n, m)[0], studies)
-    _, p, _ = judge(luck + margin, seen, n, m, margin)
-    _, _, equal = judge(luck, seen, n, m, margin)
-    return float(((p < alpha) & (luck > -margin)).mean()), float(equal.mean())
+    error = rng.normal(0, combined_error(true, n, m)[0], studies)
+    return float(np.quantile(half_width(seen, n, m, 1 - alpha) - error, 0.8))
 
 
 # ------------------------------------------------------------------------- from runs to verdicts
 
 
-def tune(by_rate, sign):
-    """Of {rate: run} the run with the best dev score, of equals the one with the smallest rate."""
-    return max((by_rate[rate] for rate in sorted(by_rate)), key=lambda run: sign * run["dev"])
+def tune(runs):
+    """The run with the best dev score; of equals that of the smallest learning rate.
 
-
-def make_row(runs, task, device):
-    """One method and name of a group, tuned. Runs with other settings under one name are refused.
-
-    A seed counts where all the row's rates are there; "incomplete" has the others. "_chosen" is
-    {seed: run}, "_drawn" {seed: hashes of its rows}, "_values" {seed: a value a test row}, "dev"
-    {rate: dev score at each of the seeds}; "costs" has memory and times of `device` alone.
+    None if all diverged.
     """
-    first, by_seed = runs[0], {}
+    runs = sorted((run for run in runs if not run.diverged), key=lambda run: run.lr)
+    return max(runs, key=lambda run: SIGN[run.task] * run.dev, default=None)
+
+
+def common_lrs(by_seed):
+    """Of {seed: {lr: run}} the learning rates that count, and the seeds that have them all.
+
+    As many of the most common ones as leave enough seeds for a verdict, then those that use most
+    runs: neither an extra one at one seed nor an unfinished seed takes the verdict away.
+    """
+    counts, grids = Counter(lr for by_lr in by_seed.values() for lr in by_lr), []
+    for least in set(counts.values()):
+        lrs = sorted(lr for lr, count in counts.items() if count >= least)
+        seeds = sorted(seed for seed, by_lr in by_seed.items() if by_lr.keys() >= set(lrs))
+        enough = min(len(seeds), SEEDS) if len(lrs) > 1 else 0
+        grids.append((enough, len(lrs) * len(seeds), lrs, seeds))
+    return max(grids)[2:]
+
+
+def make_row(runs, label, tested, machine):
+    """The tuned Row of runs with one method and name. Other settings under one name are refused.
+
+    Memory and times in its `costs` are of `machine` alone.
+    """
+    first, task, by_seed = runs[0], runs[0].task, {}
     for run in runs:
-        here, there = run["kept"], first["kept"]
-        for key in sorted(here.keys() | there.keys()):
-            if here.get(key) != there.get(key):
-                fail(
-                    f"{first['file']} and {run['file']} are both {run['name']}, but {key} is "
-                    f"{there.get(key)} and {here.get(key)}; give one another --name"
-                )
-        by_seed.setdefault(run["seed"], {})[run["lr"]] = run
-    rates = sorted({run["lr"] for run in runs})
-    whole = {seed: found for seed, found in sorted(by_seed.items()) if len(found) == len(rates)}
-    chosen = {seed: tune(found, SIGN[task]) for seed, found in whole.items()}
-    scores = np.array([run["test"] for run in chosen.values()])
-    n, span = len(scores), (math.nan, math.nan)
-    if n > 1:
-        half = stats.t.ppf(0.975, n - 1) * stats.sem(scores)
-        span = (scores.mean() - half, scores.mean() + half)
-    return {
-        **{key: first[key] for key in ("method", "name", "untrained")},
-        "label": results.label(first["method"], first["name"]),
-        "tested": first["tested"],
-        "settings": first["kept"],
-        "rates": rates,
-        "seeds": list(chosen),
-        "incomplete": {seed: len(found) for seed, found in by_seed.items() if seed not in whole},
-        "chosen": [run["lr"] for run in chosen.values()],
-        "score": natural(scores.mean(), task) if n else math.nan,
-        "interval": [natural(x, task) for x in span],
-        "scores": [natural(x, task) for x in scores],
-        "dev": {r: [natural(found[r]["dev"], task) for found in whole.values()] for r in rates},
-        "costs": results.mean_numbers(list(chosen.values()), runs, device),
-        "_chosen": chosen,
-        "_drawn": {seed: {run["drawn"] for run in found.values()} for seed, found in whole.items()},
-        "_values": {seed: results.row_values(run) for seed, run in chosen.items()},
-    }
+        by_seed.setdefault(run.seed, {})[run.lr] = run
+        for key in sorted(run.settings | first.settings):
+            one, other = first.settings.get(key), run.settings.get(key)
+            if one != other:
+                files = f"{printable(first.file, 120)} and {printable(run.file, 120)}"
+                values = f"{printable(key)} is {results.shown(one)} and {results.shown(other)}"
+                fail(f"{files} are both {printable(run.name)}, but {values}; --name parts them")
+    lrs, seeds = common_lrs(by_seed)
+    tried = {lr: [by_seed[seed][lr] for seed in seeds] for lr in lrs}
+    alive = {lr: [run for run in tried[lr] if not run.diverged] for lr in lrs}
+    picked = {seed: tune(by_seed[seed][lr] for lr in lrs) for seed in seeds}
+    picked = {seed: run for seed, run in picked.items() if run}
+    scores = np.array([run.test for run in picked.values()])
+    mean, half = (scores.mean() if picked else math.nan), math.nan
+    if len(scores) > 1:
+        half = stats.t.ppf(0.975, len(scores) - 1) * stats.sem(scores)
+    left_out = [
+        f"seed {seed} has {len(by_seed[seed].keys() & set(lrs))} of {len(lrs)} learning rates"
+        for seed in sorted(by_seed.keys() - seeds)
+    ]
+    for lr, count in sorted(Counter(run.lr for run in runs if run.lr not in lrs).items()):
+        left_out.append(f"learning rate {lr:g} has {count} of {len(by_seed)} seeds")
+    for lr in (lr for lr in lrs if len(alive[lr]) < len(seeds)):
+        left_out.append(f"{lr:g} diverged at {len(seeds) - len(alive[lr])} of {len(seeds)} seeds")
+    return Row(
+        label=label,
+        tested=tested,
+        lrs=lrs,
+        scores=[natural(x, task) for x in scores],
+        score=natural(mean, task),
+        interval=[natural(x, task) for x in (mean - half, mean + half)],
+        dev={lr: [natural(run.dev, task) for run in alive[lr]] for lr in lrs},
+        test={
+            lr: natural(np.mean([run.test for run in alive[lr]] or math.nan), task) for lr in lrs
+        },
+        costs=results.mean_costs(list(picked.values()), runs, machine),
+        left_out=left_out,
+        run=first,
+        picked=picked,
+        split_keys={seed: {run.split_key for run in by_seed[seed].values()} for seed in picked},
+    )
 
 
 def difference(a, b, task, margin):
-    """Row a minus row b over the seeds that both have, in points or percent of the perplexity.
-
-    Intervals: 95 % of both noises (and 90 %), of the seeds and of the test rows alone.
-    """
-    seeds = [seed for seed in a["seeds"] if seed in b["seeds"]]
-    pair = {"a": a["label"], "b": b["label"], "seeds": seeds, "intervals": {}, "p": math.nan}
-    pair |= {"p_holm": None, "verdict": "none", "better": None, "why": None}
+    """The Pair of two rows over the seeds that both have; without statistics below two seeds."""
+    seeds = [seed for seed in a.picked if seed in b.picked]
+    pair = Pair(a=a.label, b=b.label, seeds=seeds)
     if len(seeds) < 2:
         return pair
-    d = np.array([a["_values"][seed] - b["_values"][seed] for seed in seeds])  # (seeds, test rows)
-    (n, m), mean, noise = d.shape, d.mean(), noises(d)
-    if task == "classification":  # a share of m rows is known to one row at best
-        noise[1] = max(noise[1], (100 / m) ** 2)
-    p_seeds, p, equal = judge(mean, noise, n, m, results.margin_on_scale(margin, task))
+    d = np.array([a.picked[seed].values - b.picked[seed].values for seed in seeds])  # (n, m)
+    (n, m), mean, squared = d.shape, d.mean(), squared_errors(d)
+    if task == "classification":  # a share of m examples is known to one example at best
+        squared[1] = max(squared[1], (100 / m) ** 2)
+    bound = margin_on_scale(margin, task)
+    pair.p_seeds, pair.p, pair.equal = (x.item() for x in judge(mean, squared, n, m, bound))
     halves = {
-        "both": half_width(noise, n, m),
-        "both, 90 %": half_width(noise, n, m, 0.9),
-        "seeds": stats.t.ppf(0.975, n - 1) * math.sqrt(noise[0]),
-        "rows": stats.t.ppf(0.975, m - 1) * math.sqrt(noise[1]),
+        "95 %, both": half_width(squared, n, m),
+        "95 %, seeds": stats.t.ppf(0.975, n - 1) * math.sqrt(squared[0]),
+        "95 %, examples": stats.t.ppf(0.975, m - 1) * math.sqrt(squared[1]),
+        "90 %, both": half_width(squared, n, m, 0.9),
     }
     spans = {key: (mean - half, mean + half) for key, half in halves.items()}
-    return pair | {
-        "mean": in_units(mean, task),
-        "each": [in_units(x, task) for x in d.mean(1)],
-        "intervals": {key: [in_units(x, task) for x in span] for key, span in spans.items()},
-        "p_seeds": float(p_seeds),
-        "p": float(p),
-        "equal": bool(equal),
-        "test_rows": m,
-        "_seen": (mean, noise, n, m),
-    }
+    pair.intervals = {key: [in_units(x, task) for x in span] for key, span in spans.items()}
+    pair.mean, pair.each = in_units(mean, task), [in_units(x, task) for x in d.mean(1)]
+    pair.ahead = (a if mean * SIGN[task] > 0 else b).label
+    pair.lead = [in_units(abs(mean) + halves["95 %, both"] * x, task) for x in (0, -1, 1)]
+    pair.squared, pair.examples = squared, m
+    return pair
 
 
 def judge_pairs(rows, task, margin):
-    """Every pair of the four methods in the variant tested: difference, Holm's p, verdict.
-
-    An undecided pair "needs" (seeds, test rows); a better one has its "lead", mean and interval,
-    as positive sizes.
-    """
-    found = list(combinations([row for row in rows if row["tested"]], 2))
-    pairs = [difference(a, b, task, margin) for a, b in found]
-    p_holm = holm([pair["p"] for pair in pairs])
-    for (a, b), pair, p in zip(found, pairs, p_holm, strict=True):
-        pair["p_holm"] = float(p)
-        if len(a["rates"]) != len(b["rates"]):
-            pair["why"] = f"{len(a['rates'])} and {len(b['rates'])} learning rates to choose from"
-        elif len(pair["seeds"]) < SEEDS:
-            pair["why"] = f"{SEEDS} shared seeds are needed, found: {len(pair['seeds'])}"
-        elif any(len(a["_drawn"][seed] | b["_drawn"][seed]) > 1 for seed in pair["seeds"]):
-            pair["why"] = "other training or dev rows at one seed"
+    """Every Pair of the tested rows with Holm's p and a verdict, or why there is none."""
+    couples = list(combinations([row for row in rows if row.tested], 2))
+    pairs = [difference(a, b, task, margin) for a, b in couples]
+    p_holm = holm([pair.p for pair in pairs])
+    for (a, b), pair, p in zip(couples, pairs, p_holm, strict=True):
+        pair.p_holm, pair.verdict = float(p), "none"
+        runs = [row.picked[seed] for row in (a, b) for seed in pair.seeds]
+        if len(a.lrs) != len(b.lrs):
+            pair.why = f"{len(a.lrs)} and {len(b.lrs)} learning rates to choose from"
+        elif len(pair.seeds) < SEEDS:
+            pair.why = f"at least {SEEDS} shared seeds are needed, and there are {len(pair.seeds)}"
+        elif any(len(a.split_keys[seed] | b.split_keys[seed]) > 1 for seed in pair.seeds):
+            pair.why = "not the same training and dev examples at each seed"
+        elif any(run.bf16 for run in runs) and len({run.machine for run in runs}) > 1:
+            pair.why = "bf16 on different machines"
         elif p < 0.05:
-            mean, *noise = pair["_seen"]
-            sizes = abs(mean) + half_width(*noise) * np.array([0, -1, 1])
-            pair["lead"] = [in_units(x, task) for x in sizes]
-            pair |= {"verdict": "better", "better": (a if mean * SIGN[task] > 0 else b)["label"]}
-        elif pair["equal"]:
-            pair["verdict"] = "equal"
+            pair.verdict = "better"
         else:
-            bound = results.margin_on_scale(margin, task)
-            pair["verdict"] = "undecided"
-            pair["needs"] = what_decides(*pair["_seen"], bound, 0.05 / len(pairs))
+            pair.verdict = "equal" if pair.equal else "undecided"
     return pairs
 
 
-def study_power(pairs, task, margin):
-    """power() of the pair for which it is least, of those with a verdict; None without one."""
-    seen = [pair["_seen"][1:] for pair in pairs if pair["verdict"] != "none"]
-    if not seen:
-        return None
-    bound = results.margin_on_scale(margin, task)
-    each = [power(noise, n, m, bound, 0.05 / len(pairs)) for noise, n, m in seen]
-    found, equal = np.min(each, axis=0).tolist()
-    return {"found": found, "equal": equal, "seeds": min(n for _, n, _ in seen), "rows": seen[0][2]}
+def weakest(pairs, task):
+    """(detectable() in units, Pair) of the judged pair for which it is largest, or None."""
+    judged = [pair for pair in pairs if pair.verdict != "none"]
+    alpha = 0.05 / max(1, len(pairs))  # Holm's strictest step
+    sizes = [detectable(pair.squared, len(pair.seeds), pair.examples, alpha) for pair in judged]
+    worst = max(zip(sizes, judged, strict=True), key=lambda x: x[0], default=None)
+    return worst and (in_units(worst[0], task), worst[1])
 
 
 def group_runs(runs):
-    """Lists of comparable runs: scored on the same and trained alike.
+    """Lists of comparable runs: scored on the same examples and base, trained on equally much.
 
-    Untrained ones stand in every group of their data and base, or alone where there is none.
+    Untrained runs are in every group of their data and base, or alone where there is none.
     """
-    groups = {(run["scored"], run["trained"]): [] for run in runs if not run["untrained"]}
-    scored = {key for key, _ in groups}
-    groups |= {(run["scored"], ""): [] for run in runs if run["scored"] not in scored}
+    groups = {(run.data_key, run.budget_key): [] for run in runs if not run.untrained}
+    trained = {data_key for data_key, _ in groups}
+    groups |= {(run.data_key, ""): [] for run in runs if run.data_key not in trained}
     for run in runs:
-        for (key, how), found in groups.items():
-            if run["scored"] == key and (run["untrained"] or run["trained"] == how):
-                found.append(run)
-    groups = [sorted(found, key=lambda run: run["untrained"]) for found in groups.values()]
+        for (data_key, budget_key), group in groups.items():
+            if run.data_key == data_key and (run.untrained or run.budget_key == budget_key):
+                group.append(run)
+    groups = [sorted(group, key=lambda run: run.untrained) for group in groups.values()]
     return sorted(groups, key=results.group_order)
 
 
-def analyse(runs, margin):
-    """What the page shows of a group of comparable runs, as a dict; margin: None is the default."""
-    task, named = runs[0]["data"]["task"], {}
+def analyze(runs, title, margin=None):
+    """The Group of these comparable runs; margin: None is the default of its task."""
+    task, by_row, machine = runs[0].task, {}, results.most_common_machine(runs)
     margin = margin or results.MARGIN[task]
     for run in runs:
-        named.setdefault((run["untrained"], run["method"], run["name"]), []).append(run)
-    device = results.most_common_device(runs)
-    results.mark_tested(runs)
-    every = sorted((make_row(x, task, device) for x in named.values()), key=results.row_order)
-    rows = [row for row in every if row["seeds"]]
-    pairs = judge_pairs(rows, task, margin)
-    plain = {row["name"]: row for row in rows if row["name"].startswith(row["method"])}
-    lora = next((row for row in rows if row["tested"] and row["method"] == "lora"), None)
-    for row in rows:
-        others = [plain[name] for name in results.compared_with(row) if name in plain]
-        row["parents"] = [difference(row, other, task, margin) for other in others]
-        alone = row["untrained"] or lora is None or lora is row
-        row["beside"] = None if alone else difference(row, lora, task, margin)
-    group = {"task": task, "margin": margin, "rows": rows, "pairs": pairs, "_runs": runs}
-    group |= {"power": study_power(pairs, task, margin), "cautions": results.cautions(every)}
-    return group | {key: runs[0][key] for key in ("dataset", "model", "data")}
+        by_row.setdefault((run.untrained, run.method, run.name), []).append(run)
+    by_row = {own[0]: own for own in by_row.values()}
+    firsts = sorted(by_row, key=results.row_order)
+    tested = results.tested_runs(firsts)
+    reference = results.references(firsts, tested)
+    labels = results.label_rows(firsts, reference)
+    rows = {run: make_row(by_row[run], labels[run], run in tested, machine) for run in firsts}
+    cautions = tables.cautions(list(rows.values()), task, margin)
+    rows = {run: row for run, row in rows.items() if row.picked}
+    stands_for = {kind: rows.get(run) for kind, run in reference.items()}
+    lora, versus_lora, parents = stands_for.get("LoRA"), {}, []
+    for run, row in rows.items():
+        if lora and row is not lora and not run.untrained:
+            versus_lora[row.label] = difference(row, lora, task, margin)
+        for kind in results.PARENTS.get(run.kind, [run.kind]):
+            if stands_for.get(kind) not in (None, row, lora) and not run.untrained:
+                parents.append(difference(row, stands_for[kind], task, margin))
+    rows, pairs = list(rows.values()), judge_pairs(rows.values(), task, margin)
+    common = {"title": title, "task": task, "margin": margin}
+    found = {"lora": lora, "versus_lora": versus_lora, "parents": parents, "cautions": cautions}
+    return Group(
+        **common, rows=rows, pairs=pairs, detectable=weakest(pairs, task), runs=runs, **found
+    )
 
 
 def for_json(x):
-    """Without what begins with "_", and null for nan."""
+    """Dataclasses as dicts of the fields that their repr has; null for NaN."""
+    if dataclasses.is_dataclass(x):
+        shown = [each.name for each in dataclasses.fields(x) if each.repr]
+        return {name: for_json(getattr(x, name)) for name in shown}
     if isinstance(x, dict):
-        return {str(k): for_json(v) for k, v in x.items() if not str(k).startswith("_")}
-    return [for_json(v) for v in x] if isinstance(x, list) else None if x != x else x
+        return {str(key): for_json(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [for_json(value) for value in x]
+    return None if x != x else x
 
 
 def main(argv=None):
-    """Read the results, judge every group of comparable runs, show and write what was found."""
+    """Read the results, judge every group of comparable runs, show and write the page."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("compare.py", description=__doc__, formatter_class=raw)
     parser.error, add = fail, parser.add_argument
     add("paths", type=Path, nargs="+", help="folders (their *.json and *.jsonl) or such files")
     add("--out", type=Path, help="folder for README.md and plots (default: the first path's)")
-    add("--margin", type=float, help="what is small: points of accuracy, or percent of perplexity")
+    add("--margin", type=float, help="a small difference: points, or percent of the perplexity")
     add("--price", type=float, help="of an accelerator hour: adds what GPU runs cost")
     add("--fill", type=Path, nargs="+", default=[], help="pages with <!-- table --> marks to renew")
     add("--json", action="store_true", help="print every number as JSON, write nothing")
-    add("--no_plots", action="store_true", help="write the page without pictures")
+    add("--no_plots", action="store_true", help="write the page without plots")
     args = parser.parse_args(argv)
     if args.margin is not None and not 0 < args.margin < 100:
         fail(f"--margin {args.margin:g}: give more than 0 and less than 100")
     runs, skipped = results.load(args.paths, args.price)
-    groups = [analyse(found, args.margin) for found in group_runs(runs)]
-    tables.tell_apart(groups)
+    grouped = group_runs(runs)
+    titles = results.titles(grouped)
+    groups = [analyze(own, title, args.margin) for own, title in zip(grouped, titles, strict=True)]
     if args.json:
         print(json.dumps(for_json({"groups": groups, "skipped": skipped}), indent=1))
         return
     out = args.out or (args.paths[0] if args.paths[0].is_dir() else args.paths[0].parent)
     page.check(out, args.fill)
-    pictures = [[] for g in groups] if args.no_plots else plots.draw(groups, out)
-    page.write(out, groups, skipped, pictures)
+    drawn = [[] for group in groups] if args.no_plots else plots.draw(groups, out)
+    page.write_page(out, groups, skipped, drawn)
     page.fill(args.fill, groups)
-    print(f"{page.terminal(groups)}\n\nThe whole page: {out / 'README.md'}")
+    print(page.terminal(groups, out / "README.md"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,248 @@
+"""The results page, the terminal's text, and the blocks of other pages that hold numbers."""
+
+import re
+import secrets
+import shlex
+from collections import Counter
+
+from harness.process import fail, first_line
+from harness.text import escaped, printable
+from report import tables
+from report.results import DEMOS, SIGN
+
+HEAD = "# Results\n\nWritten by compare.py from the result files; do not edit.\n"
+READ = """<details><summary>How to read this page</summary>
+
+For each seed we pick the learning rate with the best score on that seed's dev examples and use that
+run's test score. So every number includes the variance from tuning. A difference is the mean over
+the seeds that both methods ran. Its 95 % interval includes two variances: training again (seeds)
+and other test examples. A score's own interval is over seeds alone. *Same settings* is the mean
+test score at LoRA's best learning rate, where a method ran it.
+
+*Better*: p < 0.05 after Holm's correction for all pairs. p is the larger one of the paired t-test
+over seeds and of the test over both variances. *Equal within the margin*: the 90 % intervals lie
+inside it. *Undecided*: neither. If two methods do not differ, at most 5 % of studies call one of
+them better; if they differ by exactly the margin, at most 5 % of pairs are called equal. Both hold
+for roughly normal variation over seeds. A method that failed at one seed in twenty was called equal
+in 74 % of studies, so seeds that fall far out are named. Verdicts are on the four methods with the
+same rank, alpha, dropout and layers. Other differences have an interval, not corrected for their
+number, and no verdict.
+
+Memory is counted: live tensors at the peak of a training step on the largest batch; *allocator* is
+what CUDA's allocator held. A CPU takes a batch in smaller parts than a GPU, so memory and times are
+of one machine, that of most runs; where a picked run was on another or was not measured, they are
+of another run of its seed. Times are of runs with --timing. A shared machine drifts between runs.
+
+</details>
+"""
+PIPELINE = """from transformers import pipeline
+classify = pipeline("text-classification", "my-model")
+print(classify("a text of your own"))"""
+LANGUAGE_MODEL = """from transformers import AutoTokenizer, {0}
+model, tokenizer = (x.from_pretrained("my-model") for x in ({0}, AutoTokenizer))
+print(model(**tokenizer("a text of your own", return_tensors="pt")).logits)"""
+CODE = {"classification": PIPELINE, "mlm": LANGUAGE_MODEL.format("AutoModelForMaskedLM")}
+CODE |= {"clm": LANGUAGE_MODEL.format("AutoModelForCausalLM")}
+SIMPLE_FIRST = ("lora", "hira", "sparse_lora", "qlora")
+
+
+def write(path, data):
+    """Put bytes into a file: all or none, and never through a link; a link is replaced."""
+    unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(unfinished, "xb") as file:
+            file.write(data)
+        unfinished.replace(path)
+    except OSError as error:
+        fail(f"{path}: cannot be written ({error.strerror}); --out names another folder")
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------- what to do next
+
+
+def recommend(group):
+    """(row, why): the simplest tested method that is not worse than the best by the margin."""
+    rows = [row for row in group.rows if row.tested]
+    rows.sort(key=lambda row: SIMPLE_FIRST.index(row.run.method))
+    best = max(rows, key=lambda row: SIGN[group.task] * row.score)
+    for row in rows[: rows.index(best)]:
+        [pair] = [pair for pair in group.pairs if {pair.a, pair.b} == {row.label, best.label}]
+        lead = pair.lead and (pair.lead[2] if pair.ahead == best.label else -pair.lead[1])
+        if pair.lead and lead < group.margin:
+            size = tables.amount(group, f"{max(lead, 0):.2f}", True)
+            why = f"{best.label} has the best mean score, but it is ahead by at most {size}"
+            return row, f"{why} (upper 95 % limit), and {row.label} is simpler."
+    simpler = listing = tables.listing([row.label for row in rows[: rows.index(best)]])
+    simpler = f"{listing} may be worse by the margin or more" if listing else "it is the simplest"
+    return best, f"It has the best mean score, and {simpler}."
+
+
+def next_step(group):
+    """(sentences, command, Python) to go on with; none where no tested method has runs."""
+    if not any(row.tested for row in group.rows):
+        return [], "", ""
+    (row, why), said = recommend(group), []
+    run = max(row.picked.values(), key=lambda run: SIGN[group.task] * run.dev)
+    size, share = run.sizes["test"], run.majority
+    if share and row.score < 100 * (share + 2 * (share * (1 - share) / size) ** 0.5):
+        said.append(
+            f"Look at the data first: the score, {row.score:.2f} %, is no better than always "
+            f"answering the largest class, {100 * share:.2f} % of the test examples."
+        )
+    costs = [f"{head} {text}" for head, text in tables.main_costs(row).items() if text]
+    said.append(f"Use {row.label}. {why} It costs: {', '.join(costs)}.")
+    if any(pair.verdict == "none" for pair in group.pairs):
+        said.append("This is a first impression: not every pair has a verdict.")
+    if any(pair.verdict == "undecided" for pair in group.pairs):
+        said.append(
+            "Some pairs are undecided: this study detects differences of "
+            f"{tables.detected(group)} or more. For smaller ones plan a new study with new seeds."
+        )
+    stem = f"results/{run.dataset}-{run.name}-{run.model}-lr{run.lr:g}-seed{run.seed}"
+    stem = str(run.path.with_suffix("")) if run.path.suffix == ".json" else stem
+    command = f"python {row.run.method}.py --eval_only {shlex.quote(printable(stem, 500))}"
+    return said, f"{command} --export my-model", CODE[group.task]
+
+
+# ------------------------------------------------------------------------------- parts of a page
+
+
+def markdown(table):
+    """A table in Markdown, without empty columns."""
+    lines = [[escaped(text, 1000) for text in line] for line in tables.cells_of(table)]
+    lines[1:1] = [["---"] + ["---:"] * (len(line) - 1) for line in lines[:1]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def sentences(group):
+    """Verdicts and cautions as a list in Markdown."""
+    said = [*tables.verdicts(group), *(("", caution) for caution in group.cautions)]
+    bold = [f"**{escaped(start, 1000)}**" if start else "" for start, _ in said]
+    said = zip(bold, said, strict=True)
+    return "\n".join(f"- {start}{escaped(rest, 10_000)}" for start, (_, rest) in said)
+
+
+def pairs(group):
+    """Every statistic of the pairs, of the other rows and LoRA, of variants and their methods."""
+    tested = {row.label for row in group.rows if row.tested}
+    others = [pair for label, pair in group.versus_lora.items() if label not in tested]
+    return markdown(tables.pair_table([*group.pairs, *others, *group.parents]))
+
+
+def runs(group):
+    """How much was run, with which settings, where."""
+    run, hours = group.runs[0], sum(run.seconds for run in group.runs) / 3600
+    sizes = ", ".join(f"{count:,} {split}" for split, count in run.sizes.items())
+    said = f"{len(group.runs):,} runs, {hours:.1f} hours of training; examples: {sizes}.\n\n"
+    places = Counter(f"{run.machine}, commit {run.commit}" for run in group.runs)
+    places = "\n".join(f"- {count} runs on {escaped(x, 200)}" for x, count in places.most_common())
+    return f"{said}{markdown(tables.settings_table(group))}\n\n{places}"
+
+
+def next_block(group):
+    """What to do next, in Markdown."""
+    said, command, code = next_step(group)
+    said = "\n".join(f"- {escaped(text, 10_000)}" for text in said)
+    return f"{said}\n\n```bash\n{command}\n```\n\n```python\n{code}\n```" if said else ""
+
+
+SECTIONS = {  # blocks of other pages, by the name in their marks
+    "verdicts": sentences,
+    "table": lambda group: markdown(tables.main_table(group)),
+    "next": next_block,
+    "learning_rates": lambda group: markdown(tables.lr_table(group)),
+    "pairs": pairs,
+    "means": lambda group: markdown(tables.means_table(group)),
+    "runs": runs,
+}
+FOLDED = {  # below the plots
+    "learning_rates": "Dev score at each learning rate",
+    "pairs": "Every pair",
+    "means": "Scores and costs of the tuned runs",
+    "runs": "Runs and settings",
+}
+NAMES = "|".join(SECTIONS)
+MARK = re.compile(rf"(<!-- ({NAMES})(?: (\S+))? -->(\r?\n)).*?(<!-- /\2 -->)", re.DOTALL)
+
+# ------------------------------------------------------------------------------------ whole pages
+
+
+def group_page(group, drawn):
+    """A group's part of the page: verdicts, table, next step, plots, and the rest folded."""
+    parts = [f"## {escaped(group.title, 200)}"]
+    if group.runs[0].dataset in DEMOS:
+        parts.append("Generated text, to see everything work. It says nothing about real data.")
+    parts += [sentences(group), SECTIONS["table"](group)]
+    if step := next_block(group):
+        parts.append(f"### What to do next\n\n{step}")
+    parts += [f"![{escaped(words, 200)}]({file})" for file, words in drawn]
+    for name, summary in FOLDED.items():
+        if text := SECTIONS[name](group):
+            parts.append(f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def check(folder, files):
+    """End the program before anything is written where a page is not ours, or has no marks."""
+    path = folder / "README.md"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        ours = path.is_file() and path.read_text("utf-8", "replace").startswith(HEAD)
+    except OSError as error:
+        fail(f"--out {folder}: {error.strerror}; name a folder that can be written")
+    if path.exists() and not ours:
+        fail(f"{path} is not a page of compare.py; --out names another folder")
+    for file in files:
+        try:
+            marked = file.is_file() and MARK.search(file.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            fail(f"--fill {file}: cannot be read ({first_line(error)})")
+        if not marked:
+            fail(f"--fill {file}: no file with <!-- table --> and <!-- /table --> in it")
+
+
+def write_page(folder, groups, skipped, drawn):
+    """Write folder/README.md; drawn: for each group its plots as [(file, words)]."""
+    parts = [group_page(group, own) for group, own in zip(groups, drawn, strict=True)]
+    if skipped:
+        parts.append("## Skipped\n\n" + "\n".join(f"- {escaped(x, 400)}" for x in skipped))
+    write(folder / "README.md", "\n\n".join([HEAD.strip(), *parts, READ]).encode())
+
+
+def terminal(groups, path):
+    """Verdicts and table of each group, where the page is, and what to do next, as plain text."""
+    parts, steps = [], []
+    for group in groups:
+        said = ["".join(sentence) for sentence in tables.verdicts(group)] + group.cautions
+        said = "\n".join(f"- {sentence}" for sentence in said)
+        parts += [f"== {group.title}", said, tables.plain(tables.main_table(group))]
+        said, command, code = next_step(group)
+        if said:
+            steps.append("\n".join([f"What to do next, {group.title}:", *said, command, code]))
+    return "\n\n".join([*parts, f"The whole page: {path}", *steps])
+
+
+def fill(files, groups):
+    """Renew what is between <!-- NAME --> and <!-- /NAME --> in other pages.
+
+    NAME is one of SECTIONS: verdicts (with the cautions), table (the main one), next, learning_rates,
+    pairs (every statistic), means (scores and costs), runs (sizes, settings, machines). It holds all
+    groups on real data, or with <!-- NAME sst2 --> those of that data set. A block without results
+    and the line ends stay as they are.
+    """
+
+    def renew(match):
+        opening, name, dataset, end, closing = match.groups()
+        wanted = [
+            g
+            for g in groups
+            if (g.runs[0].dataset == dataset if dataset else g.runs[0].dataset not in DEMOS)
+        ]
+        parts = [f"\n**{escaped(g.title, 200)}**\n\n{SECTIONS[name](g)}\n" for g in wanted]
+        text = "".join([*parts, "\n"]).replace("\n", end)
+        return f"{opening}{text}{closing}" if wanted else match.group()
+
+    for file in files:
+        write(file, MARK.sub(renew, file.read_bytes().decode()).encode())

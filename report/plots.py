@@ -1,0 +1,197 @@
+"""Plots of a group: one color and one marker for each method, everywhere.
+
+Transparent, in grays that can be read on a light and on a dark page, and on a phone. A variant has
+its method's color and a hollow marker. matplotlib is imported where it draws.
+"""
+
+import contextlib
+import io
+import re
+import textwrap
+import warnings
+
+import numpy as np
+
+from harness.text import printable
+from report import tables
+from report.page import write
+from report.results import SIGN
+
+LOOKS = {  # a method's color and marker
+    "head_only": ("#7f8791", "X"),
+    "full": ("#a3752c", "P"),
+    "lora": ("#3f83e0", "o"),
+    "qlora": ("#ee9a1f", "s"),
+    "hira": ("#16a37f", "D"),
+    "sparse_lora": ("#cf5f9e", "^"),
+    "contextual_lora": ("#c94f3d", "<"),
+    "hybrid": ("#8a6fe0", "v"),
+}
+INK, FAINT = "#7a828c", "#8a929c40"  # text; grids and areas behind
+PARTS = (  # of memory: words, keys in a result file, color
+    ("frozen weights", ("frozen weights",), "#565f6b"),
+    ("trained weights", ("trained weights",), "#e0574f"),
+    ("optimizer and gradients", ("optimizer", "gradients"), "#8f99a6"),
+    ("activations and temporaries", ("activations", "temporaries"), "#c9d0d8"),
+)
+
+
+def wrapped(text, width):
+    """Text for a plot, in lines of at most `width` characters; a "$" begins no formula."""
+    text = "\n".join(textwrap.wrap(printable(text, 400), width))
+    return text.replace("$", r"\$")
+
+
+@contextlib.contextmanager
+def canvas(path, title, group, note, height):
+    """A figure of 6.8 × `height` inches below title and note; the file has the same bytes again."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    colors = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
+    style = dict.fromkeys(colors, INK) | {"grid.color": FAINT, "legend.frameon": False}
+    style |= {"axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9}
+    title, note = wrapped(title, 66), wrapped(f"{group.title}. {note}", 97)
+    below = 0.36 + 0.22 * title.count("\n")  # inches from the top to the note, and to the axes
+    top = below + 0.2 + 0.16 * note.count("\n")
+    height = height + top
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure = Figure(figsize=(6.8, height), dpi=160, layout="constrained")
+        figure.get_layout_engine().set(rect=(0.005, 0.01, 0.985, 0.985 - top / height))
+        figure.text(0.012, 1 - 0.09 / height, title, va="top", size=12, weight="bold")
+        figure.text(0.012, 1 - below / height, note, va="top", size=9)
+        yield figure
+        image = io.BytesIO()
+        figure.savefig(image, transparent=True, metadata={"Software": None})
+    write(path, image.getvalue())
+
+
+def look(row):
+    """Color, marker and its filling: hollow for a variant."""
+    color, marker = LOOKS.get(row.run.method, (INK, "h"))
+    face = color if row.run.default else "none"
+    return {"color": color, "marker": marker, "mfc": face, "mew": 1.8}
+
+
+def name_rows(axes, rows):
+    """The rows' labels on the y axis, the first one on top."""
+    axes.set_yticks(range(len(rows)), [wrapped(row.label, 24) for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+
+
+def forest(group, path):
+    """Difference from LoRA: mean, intervals over seeds and over both, a dot per seed, margin."""
+    rows = [row for row in group.rows if row.run.method != "head_only"]  # that is far away
+    pairs = {row: group.versus_lora.get(row.label) for row in rows}
+    pairs = {row: pair for row, pair in pairs.items() if pair and pair.each}
+    if not pairs:
+        return None
+    note = "Thick: 95 % interval over seeds; thin: over test examples, too; dots: seeds; "
+    note += "gray: equal, within the margin."
+    with canvas(path, tables.versus_lora(group), group, note, 0.8 + 0.42 * len(pairs)) as figure:
+        axes = figure.subplots()
+        axes.axvspan(-group.margin, group.margin, color=FAINT, lw=0)
+        axes.axvline(0, color=LOOKS["lora"][0], lw=1.5)
+        for y, (row, pair) in enumerate(pairs.items()):
+            color = look(row)["color"]
+            axes.plot(pair.intervals["95 %, both"], [y, y], color=color, lw=1.2)
+            axes.plot(pair.intervals["95 %, seeds"], [y, y], color=color, lw=4.5, alpha=0.55)
+            axes.plot(pair.each, [y + 0.27] * len(pair.each), ".", color=color, ms=5, alpha=0.7)
+            axes.plot(pair.mean, y, ms=9, **look(row))
+            text = f"{pair.mean:+.2f}".replace("-", "−")
+            axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center")
+        name_rows(axes, list(pairs))
+        unit = "percent of the perplexity (left is better)"
+        if group.task == "classification":
+            unit = "points of accuracy (right is better)"
+        axes.set_xlabel(f"minus LoRA, in {unit}")
+    return f"Difference from LoRA, {group.title}"
+
+
+def lr(group, path):
+    """Dev score over the learning rate: a panel per method, mean and range over the seeds."""
+    rows = [row for row in group.rows if len(row.lrs) > 1 and row.run.method != "head_only"]
+    kinds = list(dict.fromkeys(row.run.kind for row in rows))
+    if not kinds:
+        return None
+    dev = {row: [x or [np.nan] for x in row.dev.values()] for row in rows}  # NaN: all diverged
+    means = {row: np.array([np.mean(x) for x in dev[row]]) for row in rows}
+    most = max(np.nanmax(mean) - np.nanmin(mean) for mean in means.values())
+    unit = "points" if group.task == "classification" else "in perplexity"
+    title = f"The learning rate moves the dev score by up to {most:,.1f} {unit}"
+    note, lines = (
+        "Line: mean over seeds; band: worst to best seed; dotted: best.",
+        -(-len(kinds) // 4),
+    )
+    with canvas(path, title, group, note, 0.5 + 2.2 * lines) as figure:
+        panels = figure.subplots(lines, -(-len(kinds) // lines), sharey=True, squeeze=False)
+        for axes, kind in zip(panels.flat, kinds, strict=False):
+            own = [row for row in rows if row.run.kind == kind]
+            for row, dashes in zip(own, ("-", "--", ":", "-.") * len(own), strict=False):
+                name = None if row.run.default else wrapped(row.label, 30)
+                style = look(row) | {"ls": dashes, "ms": 5, "mew": 1.2, "label": name}
+                axes.plot(row.lrs, means[row], **style)
+            row, color = own[0], look(own[0])["color"]
+            low, high = ([end(x) for x in dev[row]] for end in (min, max))
+            axes.fill_between(row.lrs, low, high, color=color, alpha=0.2, lw=0)
+            best = row.lrs[np.nanargmax(SIGN[group.task] * means[row])]
+            axes.axvline(best, color=color, lw=1, ls=":")
+            axes.set_title(f"{wrapped(kind, 20)}\nbest: {best:g}", size=10)
+            axes.set_xscale("log")
+            if group.task != "classification" and most > 1000:  # training broke down at one of them
+                axes.set_yscale("log")
+            ends = [end(lr for row in own for lr in row.lrs) for end in (min, max)]
+            ticks = axes.set_xticks(ends, [f"{end:g}" for end in ends])
+            for tick, side in zip(ticks, ("left", "right"), strict=True):
+                tick.label1.set_horizontalalignment(side)
+            axes.minorticks_off()
+            axes.set_xlabel("learning rate", size=9)
+            axes.grid(axis="y")
+        for axes in panels.flat[len(kinds) :]:
+            axes.set_visible(False)
+        figure.supylabel(f"dev {tables.SCORES[group.task]}", size=10)
+        if not all(row.run.default for row in rows):
+            figure.legend(loc="outside lower center", ncols=3)
+    return f"Dev score over the learning rate, {group.title}"
+
+
+def memory(group, path):
+    """Bytes at the peak of a training step, stacked by what they hold."""
+    peaks = {row: row.costs.get("memory.train.peak") for row in group.rows}
+    rows = [row for row, peak in peaks.items() if peak and not row.run.untrained]
+    if not rows:
+        return None
+    adapters = [row for row in rows if row.run.method not in ("head_only", "full")]
+    least, among = min(adapters or rows, key=peaks.get), " of the adapters" if adapters else ""
+    title = f"{least.label} needs the least memory{among}: {peaks[least] / 2**20:,.0f} MiB"
+    note = "Counted at the peak of a training step on the largest batch."
+    with canvas(path, title, group, note, 1.1 + 0.36 * len(rows)) as figure:
+        axes, left = figure.subplots(), np.zeros(len(rows))
+        for words, keys, color in PARTS:
+            held = [[row.costs.get(f"memory.train.{key}", 0) for key in keys] for row in rows]
+            held = np.sum(held, 1) / 2**20
+            axes.barh(range(len(rows)), held, left=left, color=color, label=words, height=0.62)
+            left = left + held
+        for y, size in enumerate(left):
+            axes.text(size + max(left) / 100, y, f"{size:,.0f}", va="center")
+        name_rows(axes, rows)
+        axes.set_xlim(right=1.12 * max(left))
+        axes.set_xlabel("MiB")
+        figure.legend(loc="outside lower center", ncols=2)
+    return f"Memory in training, {group.title}"
+
+
+def draw(groups, folder):
+    """Each group's plots, where there is something to draw: [[(file, words)] per group]."""
+    used, drawn = set(), []
+    for run, group in ((group.runs[0], group) for group in groups):
+        stem = re.sub(r"[^a-z0-9.]+", "-", f"{run.dataset}-{run.model}".lower())[:100]
+        names = [stem, *(f"{stem}-{number}" for number in range(2, len(groups) + 1))]
+        stem = next(name for name in names if name not in used)  # of data and base trained twice
+        used.add(stem)
+        files = {f"{stem}-{plot.__name__}.png": plot for plot in (forest, lr, memory)}
+        own = [(file, plot(group, folder / file)) for file, plot in files.items()]
+        drawn.append([(file, words) for file, words in own if words])
+    return drawn

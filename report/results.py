@@ -1,0 +1,447 @@
+"""Result files in, runs out: each usable result once, and one line for each text that is none.
+
+Every field of a run is checked here, so that nothing later can fail on it. Scores are on a scale
+on which a difference of 1 is about 1 percent: percent of right answers, or 100·ln(perplexity).
+"""
+
+import base64
+import json
+import math
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from harness.process import fail, first_line
+from harness.text import printable
+
+METHODS = {  # in the order of every table
+    "head_only": "Head only",
+    "full": "Full fine-tuning",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "hira": "HiRA",
+    "sparse_lora": "Sparse LoRA",
+    "contextual_lora": "Contextual LoRA",
+    "hybrid": "QHiRA",
+}
+TESTED = ("lora", "qlora", "hira", "sparse_lora")
+PARENTS = {"QHiRA": ("QLoRA", "HiRA"), "Sparse QLoRA": ("QLoRA", "Contextual LoRA")}
+DATASETS = {"sst2": "SST-2", "imdb": "IMDB", "wikitext2": "WikiText-2"}
+DEMOS = {"demo": "Demo", "demo_lm": "Demo text"}
+METRICS = {"classification": "accuracy", "mlm": "mlm_perplexity", "clm": "causal_perplexity"}
+SIGN = {"classification": 1, "mlm": -1, "clm": -1}  # -1: less is better
+MARGIN = {"classification": 1.0, "mlm": 2.0, "clm": 2.0}  # points; percent of the perplexity
+# Settings that say where a run found its data, or how it cut a batch: they may differ in a row.
+FREE = {"dataset", "model", "dataset folder", "model folder", "train_samples", "test_samples"}
+FREE |= {"dev_samples", "batch_size", "eval_batch_size", "grad_accum"}
+# Settings that an untrained model ignores.
+TRAINING = {"epochs", "max_steps", "head_lr", "warmup", "weight_decay", "base_dropout"}
+ADAPTER = {"rank", "alpha", "dropout", "targets"}  # methods are tested where these are equal
+TOO_MUCH = (ArithmeticError, RecursionError)
+ANYWHERE = ("metrics", "parameters", "flops", "disk")  # hardly depend on the device
+
+
+@dataclass(eq=False)
+class Run:
+    """One result: a method at one learning rate and seed, trained and scored."""
+
+    file: str  # the file's name, with the line in a .jsonl file
+    path: Path  # where it was read
+    created: str  # date and time
+    method: str  # as METHODS has it
+    name: str  # of its row: the method and its changed flags, or the user's --name
+    dataset: str
+    model: str
+    lr: float  # 0 for an untrained model
+    seed: int
+    untrained: bool
+    diverged: bool  # the loss or a score became NaN or infinite: never picked
+    task: str  # classification, mlm or clm
+    dev: float  # the scores, on the scale of comparison; NaN if it diverged
+    test: float
+    values: np.ndarray | None  # (test examples,) on that scale, whose mean is `test`
+    majority: float | None  # share of the test examples that the largest class has
+    sizes: dict  # {split: number of examples}
+    settings: dict  # those that all runs of a row share
+    data_key: str  # equal for runs with the same test examples and base
+    budget_key: str  # equal for runs that trained on equally much
+    split_key: str  # equal for runs with the same training and dev examples
+    facts: list  # in words, what two groups of runs may differ in
+    seconds: float  # of training
+    costs: dict  # {dotted path in the result: number}, scores too; times if inference was timed
+    machine: str  # the device's name, torch and transformers
+    bf16: bool
+    commit: str
+
+    @property
+    def kind(self):
+        """The method in words; a hybrid's depends on its settings."""
+        sparse = self.method == "hybrid" and self.settings.get("update") == "contextual"
+        return "Sparse QLoRA" if sparse else METHODS.get(self.method, self.method)
+
+    @property
+    def default(self):
+        """Whether it has the name that the script gives if no flag of the method is changed."""
+        return self.name == self.method + "-contextual" * (self.kind == "Sparse QLoRA")
+
+
+@dataclass(eq=False)
+class Row:
+    """One row of the tables: a method in one variant, tuned at each seed."""
+
+    label: str  # differs from all others of the group
+    tested: bool  # whether its pairs get a verdict
+    lrs: list  # the learning rates that each of its seeds has, from small to large
+    scores: list  # of the picked runs, in percent or perplexity
+    score: float  # their mean (of perplexities the geometric one), and its 95 % interval over seeds
+    interval: list
+    dev: dict  # {learning rate: dev scores, one per seed that did not diverge}
+    test: dict  # {learning rate: mean test score}
+    costs: dict  # {dotted path: mean over the picked runs}
+    left_out: list  # in words: seeds, learning rates and runs that do not count
+    run: Run = field(repr=False)  # any: its method, kind and settings are the row's
+    picked: dict = field(repr=False)  # {seed: its Run with the best dev score}
+    split_keys: dict = field(repr=False)  # {seed: the split_key of each of its runs}
+
+
+@dataclass(eq=False)
+class Pair:
+    """Row a minus row b over the seeds of both: points of accuracy, or percent of perplexity."""
+
+    a: str  # labels
+    b: str
+    seeds: list
+    mean: float = math.nan
+    each: list = ()  # a difference per seed; empty below two seeds
+    intervals: dict = None  # over "95 %, both", "95 %, seeds", "95 %, examples", "90 %, both"
+    ahead: str = ""  # the label with the better mean, and by how much: mean, 95 % interval
+    lead: list = ()
+    p_seeds: float = math.nan
+    p: float = math.nan
+    p_holm: float = math.nan
+    equal: bool = False  # the 90 % intervals lie within the margin
+    verdict: str = ""  # better, equal, undecided, none; "": not tested
+    why: str = ""  # there is no verdict
+    examples: int = 0
+    squared: list = field(default=(), repr=False)  # squared errors, on the scale of comparison
+
+
+@dataclass(eq=False)
+class Group:
+    """Comparable runs (same test examples, base and budget), and what they say."""
+
+    title: str
+    task: str
+    margin: float  # points of accuracy, or percent of the perplexity
+    rows: list
+    pairs: list  # the tested ones
+    lora: Row | None  # the one that the others are compared with
+    versus_lora: dict  # {label: its Pair with that row}
+    parents: list  # a Pair of each variant or hybrid with what it is made of
+    detectable: tuple | None  # (difference that 80 % of studies find, Pair that varies most)
+    cautions: list
+    runs: list = field(repr=False)  # never empty
+
+
+# ------------------------------------------------------------------------------- rows and labels
+
+
+def shown(value):
+    """A setting's value in words: 0.5, "query-value"."""
+    parts = value if isinstance(value, list) else [value]
+    return printable("-".join(f"{x:g}" if isinstance(x, float) else str(x) for x in parts))
+
+
+def tested_runs(runs):
+    """Of runs that stand for rows, the tested ones: one of each of the four methods, if possible.
+
+    They share the adapter's settings that most methods have; the default name comes first.
+    """
+    runs = [run for run in runs if run.method in TESTED and not run.untrained]
+    keys, variants = ADAPTER.intersection(*(run.settings for run in runs)), {}
+    for run in sorted(runs, key=lambda run: (not run.default, run.name)):
+        settings = json.dumps([run.settings[key] for key in sorted(keys)])
+        variants.setdefault(settings, {}).setdefault(run.method, run)
+    return list(max(variants.values(), key=len, default={}).values())
+
+
+def references(runs, tested):
+    """{kind: the run whose row stands for it}: the tested one, or that of the default name."""
+    runs = sorted(runs[::-1], key=lambda run: (run in tested, run.default))
+    return {run.kind: run for run in runs if not run.untrained}
+
+
+def label_rows(runs, reference):
+    """{run: label} of runs that stand for rows: the method, and what is different.
+
+    That is the settings in which it differs from its kind's reference; and its name, where it is
+    the user's own or nothing else tells two rows apart.
+    """
+    labels, counts = {}, Counter()
+    for run in runs:
+        label, usual = run.kind, reference.get(run.kind, run).settings
+        if run.untrained:
+            label = "Untrained base" if run.method == "head_only" else f"{label} untrained"
+            usual = run.settings
+        differ = [k for k in sorted(run.settings | usual) if run.settings.get(k) != usual.get(k)]
+        label += "".join(f" {key} {shown(run.settings.get(key))}" for key in differ)
+        if not (run.default or run.untrained or differ and run.name.startswith(run.method)):
+            label += f" ({run.name})"
+        label = printable(label)
+        counts[label] += 1
+        labels[run] = label if counts[label] == 1 else f"{label} #{counts[label]}"
+    return labels
+
+
+def row_order(run):
+    """Sorts rows: the untrained last; methods in their order, the default variant first, 2 < 32."""
+    place = [*METHODS, run.method].index(run.method)
+    padded = re.sub(r"\d+", lambda digits: digits[0].zfill(9), run.name)
+    return run.untrained, place, run.method, run.kind, not run.default, padded
+
+
+def group_order(runs):
+    """Sorts groups of runs: our data sets, a user's own, demos; of one data set the largest."""
+    run = runs[0]
+    place = [*DATASETS, run.dataset].index(run.dataset)
+    return run.dataset in DEMOS, place, run.dataset, -len(runs), run.data_key, run.budget_key
+
+
+def titles(groups):
+    """A title for each list of comparable runs; equal ones get what the groups differ in."""
+    firsts, full = [runs[0] for runs in groups], []
+    for run in firsts:
+        name = (DATASETS | DEMOS).get(run.dataset, printable(run.dataset))
+        alike = [x.facts for x in firsts if (x.dataset, x.model) == (run.dataset, run.model)]
+        facts = zip(run.facts, zip(*alike, strict=True), strict=True)
+        differ = ", ".join(fact for fact, others in facts if len(set(others)) > 1)
+        full.append(f"{name} with {printable(run.model)}" + (f" ({differ})" if differ else ""))
+    return full
+
+
+# ----------------------------------------------------------------------------- scales of a score
+
+
+def on_scale(score, task):
+    """A score on the scale of comparison: percent, or 100·ln(perplexity)."""
+    return 100 * score if task == "classification" else 100 * math.log(score)
+
+
+def natural(x, task):
+    """A score from that scale: percent of right answers, or the perplexity."""
+    return float(x if task == "classification" else math.exp(min(x / 100, 700)))
+
+
+def in_units(x, task):
+    """A difference on that scale: in points of accuracy, or in percent of the perplexity."""
+    return float(x if task == "classification" else 100 * math.expm1(min(x / 100, 700)))
+
+
+def margin_on_scale(margin, task):
+    """A margin in points or percent of the perplexity, on the scale of comparison."""
+    return margin if task == "classification" else 100 * math.log1p(margin / 100)
+
+
+# --------------------------------------------------------------------------------- reading files
+
+
+def number(x):
+    """A finite number of a result as a float; refuses anything else."""
+    if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
+        raise ValueError(f"{printable(x)} where a finite number belongs")
+    return float(x)
+
+
+def numbers(tree, path):
+    """{dotted path: number} of every finite number in nested dicts; a list counts as its mean."""
+    if isinstance(tree, dict):
+        parts = [numbers(part, f"{path}.{key}") for key, part in tree.items()]
+        return {key: x for part in parts for key, x in part.items()}
+    values = tree if isinstance(tree, list) and tree else [tree]
+    if any(isinstance(x, bool) or not isinstance(x, int | float) for x in values):
+        return {}
+    mean = float(np.mean(np.array(values, float)))
+    return {path: mean} if math.isfinite(mean) else {}
+
+
+def read_costs(r):
+    """{dotted path: number} of a result's scores and costs, with the peaks of memory."""
+    trees = {key: r[key] for key in (*ANYWHERE, "memory", "time") if key in r}
+    trees["inference"] = {str(timing["batch"]): dict(timing) for timing in r["inference"]}
+    for timing in trees["inference"].values():
+        timing["as trained"] = timing.get("unmerged", timing.get("base"))
+    for phase in r["memory"].keys() & {"train", "inference"}:
+        peak = sum(numbers(r["memory"][phase], "").values())
+        trees["memory"] = trees["memory"] | {phase: {**r["memory"][phase], "peak": peak}}
+    return {path: x for key, tree in trees.items() for path, x in numbers(dict(tree), key).items()}
+
+
+def example_values(examples, count):
+    """What each of `count` test examples says of a run's score: (count,), whose mean is the score.
+
+    Accuracy: 100 for a right answer, 0 for a wrong one. Perplexity: 100·ln is a ratio of sums,
+    100·Σ nll / Σ scored; a block's value is that ratio and the block's part of its first-order
+    error (linearized ratio estimator; Cochran 1977, chapter 6).
+    """
+    if "correct" in examples:
+        bits = np.frombuffer(base64.b64decode(examples["correct"]), np.uint8)
+        return 100.0 * np.unpackbits(bits)[:count]
+    nll, scored = (np.array(examples[key], float) for key in ("nll", "scored"))
+    with np.errstate(all="ignore"):  # what is NaN does not fit the test score
+        loss = nll.sum() / scored.sum()
+        return 100 * (loss + (nll - loss * scored) / scored.mean())
+
+
+def read_run(text, file="", path=Path()):
+    """One result; an exception says why it is unusable."""
+    try:
+        r = json.loads(text)
+    except ValueError:
+        raise ValueError("not JSON: torn, empty or not a text") from None
+    schema = r.get("schema") if isinstance(r, dict) else None
+    if schema in (1, 2):
+        raise ValueError("from an older version of this program; run it again")
+    if schema != 3:
+        raise ValueError("not a result file of this program")
+    data, environment, task = r["data"], r["environment"], r["data"]["task"]
+    names = {key: Path(r[key]).name for key in ("method", "name", "dataset", "model")}
+    if not all(0 < len(name) <= 200 for name in names.values()):
+        raise ValueError("a name is empty or has more than 200 characters")
+    settings = dict(r["settings"])
+    if settings.get("targets") is None and r["peft"]:
+        settings["targets"] = r["peft"]["target_modules"]
+    parts = [x if isinstance(x, list) else [x] for x in settings.values()]
+    if any(isinstance(x, dict | list) for part in parts for x in part):
+        raise ValueError("a setting is neither a value nor a list of values")
+    untrained, diverged = bool(r["untrained"]), bool(r["diverged"])
+    sizes = {split: int(number(data[split])) for split in ("train", "dev", "test")}
+    dev, test, values = math.nan, math.nan, None
+    if not diverged:
+        scores = [number(r["metrics"][split][METRICS[task]]) for split in ("dev", "test")]
+        if min(scores) < 0 or task != "classification" and 0 in scores:
+            raise ValueError("a score is negative, or a perplexity zero")
+        dev, test = (on_scale(score, task) for score in scores)
+        values = example_values(r["test_examples"], sizes["test"])
+        if len(values) != sizes["test"] or len(values) < 2 or not abs(values.mean() - test) < 0.01:
+            raise ValueError("`test_examples` does not fit the test score")
+    counts = [number(x) for x in (data.get("class_counts") or {}).get("test", [])]
+    sha256, test_sha256 = str(r["base"]["sha256"]), str(data["test_sha256"])
+    batch = settings["batch_size"] * settings["grad_accum"] * environment["processes"]
+    budget = {key: settings[key] for key in ("epochs", "max_steps", "max_length", "head_lr")}
+    budget |= {"training examples": sizes["train"], "dev examples": sizes["dev"]}
+    budget |= {"batch": int(number(batch))}
+    facts = budget | {"base": sha256[:6], "test examples": f"{sizes['test']} {test_sha256[:6]}"}
+    ignored = FREE | TRAINING if untrained else FREE
+    costs, device = read_costs(r), printable(environment["device"])
+    if not device.startswith("cuda"):
+        device = "cpu"
+        costs.pop("time.accelerator_hours", None)  # a GPU's alone
+    if not r["inference"]:
+        costs = {path: x for path, x in costs.items() if not path.startswith("time")}
+    versions = [(key, str(environment.get(key)).split(".")) for key in ("torch", "transformers")]
+    versions = [f"{key} {printable('.'.join(version[:2]))}" for key, version in versions]
+    return Run(
+        **names,
+        file=file,
+        path=path,
+        created=printable(r.get("created")),
+        lr=0.0 if untrained else number(r["lr"]),
+        seed=int(number(r["seed"])),
+        untrained=untrained,
+        diverged=diverged,
+        task=task,
+        dev=dev,
+        test=test,
+        values=values,
+        majority=max(counts) / sum(counts) if counts else None,
+        sizes=sizes,
+        settings={key: x for key, x in sorted(settings.items()) if key not in ignored},
+        data_key=json.dumps([names["dataset"], task, sha256, test_sha256, settings["max_length"]]),
+        budget_key=json.dumps({} if untrained else budget),
+        split_key=json.dumps([data["train_sha256"], data["dev_sha256"]]),
+        facts=[printable(f"{key} {fact}") for key, fact in facts.items()],
+        seconds=number(r.get("time", {}).get("train_seconds", 0)),
+        costs=costs,
+        machine=", ".join([device.removeprefix("cuda "), *versions]),
+        bf16="bf16" in (environment.get("precision"), settings.get("precision")),
+        commit=printable(environment.get("commit"))[:12],
+    )
+
+
+def why_unusable(error):
+    """In words, what reading a text raised."""
+    if isinstance(error, TOO_MUCH):
+        return "a number is too large, or it is nested too deeply"
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return first_line(error) if isinstance(error, ValueError) else "a part has the wrong type"
+
+
+def load(paths, price=None):
+    """(runs, skipped): each usable run once, and one line for each text that is none.
+
+    Two results of one run with other scores end the program. price: of a GPU's hour.
+    """
+    texts, runs, skipped = [], {}, []
+    for path in paths:
+        if not path.exists():
+            fail(f"{path}: no such file or folder; `python lora.py` writes into results/")
+        inside = [file for end in ("*.json", "*.jsonl") for file in path.glob(end)]
+        for file in inside if path.is_dir() else [path]:
+            whole = file.read_bytes() if file.is_file() else b""  # a FIFO would never end
+            lines = whole.splitlines() if file.suffix == ".jsonl" else []
+            lines = [(f"{file.name}:{i + 1}", line) for i, line in enumerate(lines) if line.strip()]
+            texts += [(name, text, file) for name, text in lines or [(file.name, whole)]]
+    for name, text, file in sorted(texts):  # by name and content, wherever the files lie
+        try:
+            run, reason = read_run(text, name, file), None
+        except (ValueError, LookupError, TypeError, AttributeError, *TOO_MUCH) as error:
+            reason = why_unusable(error)
+        if not reason:
+            if price and "time.accelerator_hours" in run.costs:
+                run.costs["time.cost"] = price * run.costs["time.accelerator_hours"]
+            key = [run.data_key, run.budget_key, run.method, run.name, run.settings]
+            first = runs.setdefault(json.dumps([*key, run.seed, run.lr]), run)
+            if str([first.dev, first.test]) != str([run.dev, run.test]):  # NaN is equal to NaN
+                both = [f"{printable(x.path, 200)} ({x.created})" for x in (first, run)]
+                fail(f"one run with different scores in {' and '.join(both)}; remove one of them")
+            reason = None if first is run else f"the same run as {first.file}"
+        if reason:
+            skipped.append(f"{printable(name, 120)}: {printable(reason, 200)}")
+            print(
+                f"compare.py: skipped {printable(file.parent, 120)}/{skipped[-1]}", file=sys.stderr
+            )
+    if not runs:
+        fail(f"no usable result in {', '.join(map(str, paths))}; `python lora.py` makes one")
+    if price and not any("time.cost" in run.costs for run in runs.values()):
+        print("compare.py: --price: no run here was timed on a GPU", file=sys.stderr)
+    return list(runs.values()), skipped
+
+
+# ----------------------------------------------------------------------------------------- costs
+
+
+def most_common_machine(runs):
+    """The machine that most of these runs had."""
+    return max(sorted({run.machine for run in runs}), key=[run.machine for run in runs].count)
+
+
+def mean_costs(picked, runs, machine):
+    """{dotted path: mean over the runs that have it} of the picked runs' scores and costs.
+
+    Memory and times are of runs on `machine`, that of most runs of the group, as a CPU takes a
+    batch in smaller parts: at each seed of the picked run, or where that ran elsewhere or has no
+    costs, of another of `runs`. A row that never ran on it has none.
+    """
+    seeds, values = {run.seed for run in picked}, {}
+    measured = [run for run in [*runs, *picked] if run.machine == machine and run.seed in seeds]
+    measured = {run.seed: run for run in measured if "memory.inference.peak" in run.costs}
+    for some, anywhere in ((picked, True), (measured.values(), False)):
+        for path, x in (item for run in some for item in run.costs.items()):
+            if (path.split(".")[0] in ANYWHERE) == anywhere:
+                values.setdefault(path, []).append(x)
+    return {path: float(np.mean(x)) for path, x in values.items()}
