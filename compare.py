@@ -1,7 +1,6 @@
 """Tune, pair, test, judge: which method is better, is the difference real, what does it cost?
 
     python compare.py results/            verdicts, a table and the next step here; all in README.md
-    python compare.py study/ --json       every number, for a program
 
 For each seed and method the learning rate with the best dev score is picked, and that run's test
 score counts. Then every pair of the four methods is compared, paired by seed and by test example:
@@ -9,8 +8,6 @@ accuracies in points, perplexities as ratios, in 100·ln(perplexity).
 """
 
 import argparse
-import dataclasses
-import json
 import math
 from collections import Counter
 from itertools import combinations
@@ -25,7 +22,6 @@ from report import page, plots, results, tables
 from report.results import SIGN, Group, Pair, Row, in_units, margin_on_scale, natural
 
 SEEDS = 6  # at least as many are needed for a verdict
-# ------------------------------------------------------------- statistics: arrays in, numbers out
 
 
 def squared_errors(d):
@@ -100,18 +96,6 @@ def detectable(squared, n, m, alpha, studies=20_000):
     return float(np.quantile(half_width(seen, n, m, 1 - alpha) - error, 0.8))
 
 
-# ------------------------------------------------------------------------- from runs to verdicts
-
-
-def tune(runs):
-    """The run with the best dev score; of equals that of the smallest learning rate.
-
-    None if all diverged.
-    """
-    runs = sorted((run for run in runs if not run.diverged), key=lambda run: run.lr)
-    return max(runs, key=lambda run: SIGN[run.task] * run.dev, default=None)
-
-
 def common_lrs(by_seed):
     """Of {seed: {lr: run}} the learning rates that count, and the seeds that have them all.
 
@@ -144,37 +128,27 @@ def make_row(runs, label, tested, machine):
     lrs, seeds = common_lrs(by_seed)
     tried = {lr: [by_seed[seed][lr] for seed in seeds] for lr in lrs}
     alive = {lr: [run for run in tried[lr] if not run.diverged] for lr in lrs}
-    picked = {seed: tune(by_seed[seed][lr] for lr in lrs) for seed in seeds}
-    picked = {seed: run for seed, run in picked.items() if run}
-    scores = np.array([run.test for run in picked.values()])
-    mean, half = (scores.mean() if picked else math.nan), math.nan
+    picked = {}  # of equal dev scores that of the smallest learning rate
+    for run in (run for lr in lrs for run in alive[lr]):
+        best = picked.setdefault(run.seed, run)
+        picked[run.seed] = run if SIGN[task] * run.dev > SIGN[task] * best.dev else best
+    picked = dict(sorted(picked.items()))
+    scores = [run.test for run in picked.values()]
+    mean, half = (np.mean(scores) if picked else math.nan), math.nan
     if len(scores) > 1:
         half = stats.t.ppf(0.975, len(scores) - 1) * stats.sem(scores)
-    left_out = [
-        f"seed {seed} has {len(by_seed[seed].keys() & set(lrs))} of {len(lrs)} learning rates"
-        for seed in sorted(by_seed.keys() - seeds)
-    ]
-    for lr, count in sorted(Counter(run.lr for run in runs if run.lr not in lrs).items()):
-        left_out.append(f"learning rate {lr:g} has {count} of {len(by_seed)} seeds")
-    for lr in (lr for lr in lrs if len(alive[lr]) < len(seeds)):
-        left_out.append(f"{lr:g} diverged at {len(seeds) - len(alive[lr])} of {len(seeds)} seeds")
-    return Row(
-        label=label,
-        tested=tested,
-        lrs=lrs,
-        scores=[natural(x, task) for x in scores],
-        score=natural(mean, task),
-        interval=[natural(x, task) for x in (mean - half, mean + half)],
-        dev={lr: [natural(run.dev, task) for run in alive[lr]] for lr in lrs},
-        test={
-            lr: natural(np.mean([run.test for run in alive[lr]] or math.nan), task) for lr in lrs
-        },
-        costs=results.mean_costs(list(picked.values()), runs, machine),
-        left_out=left_out,
-        run=first,
-        picked=picked,
-        split_keys={seed: {run.split_key for run in by_seed[seed].values()} for seed in picked},
-    )
+    left_out = [f"seed {seed} lacks learning rates" for seed in sorted(by_seed.keys() - seeds)]
+    extra = sorted({run.lr for run in runs}.difference(lrs))
+    left_out += [f"learning rate {lr:g} lacks seeds" for lr in extra]
+    diverged = {lr: len(seeds) - len(alive[lr]) for lr in lrs}
+    left_out += [f"{count} diverged at {lr:g}" for lr, count in diverged.items() if count]
+    interval = [natural(x, task) for x in (mean - half, mean + half)]
+    dev = {lr: [natural(run.dev, task) for run in alive[lr]] for lr in lrs}
+    test = {lr: natural(np.mean([x.test for x in alive[lr]]), task) for lr in lrs if alive[lr]}
+    costs = results.mean_costs(list(picked.values()), runs, machine)
+    split_keys = {seed: {run.split_key for run in by_seed[seed].values()} for seed in picked}
+    score = natural(mean, task), interval, dev, test
+    return Row(label, first, tested, lrs, *score, costs, left_out, picked, split_keys)
 
 
 def difference(a, b, task, margin):
@@ -254,14 +228,16 @@ def group_runs(runs):
 
 def analyze(runs, title, margin=None):
     """The Group of these comparable runs; margin: None is the default of its task."""
-    task, by_row, machine = runs[0].task, {}, results.most_common_machine(runs)
+    task, by_row, machines = runs[0].task, {}, [run.machine for run in runs]
     margin = margin or results.MARGIN[task]
     for run in runs:
         by_row.setdefault((run.untrained, run.method, run.name), []).append(run)
     by_row = {own[0]: own for own in by_row.values()}
+    machine = max(sorted(set(machines)), key=machines.count)
     firsts = sorted(by_row, key=results.row_order)
     tested = results.tested_runs(firsts)
-    reference = results.references(firsts, tested)
+    best_last = sorted(firsts[::-1], key=lambda run: (run in tested, run.default))
+    reference = {run.kind: run for run in best_last if not run.untrained}
     labels = results.label_rows(firsts, reference)
     rows = {run: make_row(by_row[run], labels[run], run in tested, machine) for run in firsts}
     cautions = tables.cautions(list(rows.values()), task, margin)
@@ -275,23 +251,8 @@ def analyze(runs, title, margin=None):
             if stands_for.get(kind) not in (None, row, lora) and not run.untrained:
                 parents.append(difference(row, stands_for[kind], task, margin))
     rows, pairs = list(rows.values()), judge_pairs(rows.values(), task, margin)
-    common = {"title": title, "task": task, "margin": margin}
-    found = {"lora": lora, "versus_lora": versus_lora, "parents": parents, "cautions": cautions}
-    return Group(
-        **common, rows=rows, pairs=pairs, detectable=weakest(pairs, task), runs=runs, **found
-    )
-
-
-def for_json(x):
-    """Dataclasses as dicts of the fields that their repr has; null for NaN."""
-    if dataclasses.is_dataclass(x):
-        shown = [each.name for each in dataclasses.fields(x) if each.repr]
-        return {name: for_json(getattr(x, name)) for name in shown}
-    if isinstance(x, dict):
-        return {str(key): for_json(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [for_json(value) for value in x]
-    return None if x != x else x
+    compared = rows, pairs, lora, versus_lora, parents, weakest(pairs, task)
+    return Group(title, task, margin, *compared, cautions, runs)
 
 
 def main(argv=None):
@@ -304,7 +265,6 @@ def main(argv=None):
     add("--margin", type=float, help="a small difference: points, or percent of the perplexity")
     add("--price", type=float, help="of an accelerator hour: adds what GPU runs cost")
     add("--fill", type=Path, nargs="+", default=[], help="pages with <!-- table --> marks to renew")
-    add("--json", action="store_true", help="print every number as JSON, write nothing")
     add("--no_plots", action="store_true", help="write the page without plots")
     args = parser.parse_args(argv)
     if args.margin is not None and not 0 < args.margin < 100:
@@ -313,9 +273,6 @@ def main(argv=None):
     grouped = group_runs(runs)
     titles = results.titles(grouped)
     groups = [analyze(own, title, args.margin) for own, title in zip(grouped, titles, strict=True)]
-    if args.json:
-        print(json.dumps(for_json({"groups": groups, "skipped": skipped}), indent=1))
-        return
     out = args.out or (args.paths[0] if args.paths[0].is_dir() else args.paths[0].parent)
     page.check(out, args.fill)
     drawn = [[] for group in groups] if args.no_plots else plots.draw(groups, out)

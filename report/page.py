@@ -5,7 +5,7 @@ import secrets
 import shlex
 from collections import Counter
 
-from harness.process import fail, first_line
+from harness.process import fail
 from harness.text import escaped, printable
 from report import tables
 from report.results import DEMOS, SIGN
@@ -13,25 +13,22 @@ from report.results import DEMOS, SIGN
 HEAD = "# Results\n\nWritten by compare.py from the result files; do not edit.\n"
 READ = """<details><summary>How to read this page</summary>
 
-For each seed we pick the learning rate with the best score on that seed's dev examples and use that
-run's test score. So every number includes the variance from tuning. A difference is the mean over
-the seeds that both methods ran. Its 95 % interval includes two variances: training again (seeds)
-and other test examples. A score's own interval is over seeds alone. *Same settings* is the mean
-test score at LoRA's best learning rate, where a method ran it.
+For each seed we pick the learning rate with the best dev score and use that run's test score. So
+every number includes the variance from tuning. *Same settings* is the mean test score at LoRA's
+best learning rate, where a method ran it. *minus LoRA* is the mean difference over the seeds that
+both methods ran. Its 95 % interval includes two variances: training again (seeds) and other test
+examples. A score's own interval is over seeds alone.
 
-*Better*: p < 0.05 after Holm's correction for all pairs. p is the larger one of the paired t-test
+*Better*: p < 0.05 after Holm's correction for all pairs; p is the larger one of the paired t-test
 over seeds and of the test over both variances. *Equal within the margin*: the 90 % intervals lie
-inside it. *Undecided*: neither. If two methods do not differ, at most 5 % of studies call one of
-them better; if they differ by exactly the margin, at most 5 % of pairs are called equal. Both hold
-for roughly normal variation over seeds. A method that failed at one seed in twenty was called equal
-in 74 % of studies, so seeds that fall far out are named. Verdicts are on the four methods with the
-same rank, alpha, dropout and layers. Other differences have an interval, not corrected for their
-number, and no verdict.
+inside it. *Undecided*: neither. At most 5 % of studies call a method better if none differ, and
+at most 5 % of pairs that differ by the margin are called equal. Both hold for roughly normal
+variation over seeds: a method that failed at one seed in twenty was called equal in 74 % of
+studies, so seeds that fall far out are named. Other pairs have an interval and no verdict.
 
-Memory is counted: live tensors at the peak of a training step on the largest batch; *allocator* is
-what CUDA's allocator held. A CPU takes a batch in smaller parts than a GPU, so memory and times are
-of one machine, that of most runs; where a picked run was on another or was not measured, they are
-of another run of its seed. Times are of runs with --timing. A shared machine drifts between runs.
+Memory is counted: live tensors at the peak of a training step on the largest batch. Memory and
+times are of one machine, that of most runs; where a picked run was on another or was not measured,
+they are of another run of its seed. Times are of runs with --timing; a shared machine drifts.
 
 </details>
 """
@@ -54,12 +51,9 @@ def write(path, data):
             file.write(data)
         unfinished.replace(path)
     except OSError as error:
-        fail(f"{path}: cannot be written ({error.strerror}); --out names another folder")
+        fail(f"{path}: cannot be written ({error.strerror}); name another place")
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------- what to do next
 
 
 def recommend(group):
@@ -67,16 +61,17 @@ def recommend(group):
     rows = [row for row in group.rows if row.tested]
     rows.sort(key=lambda row: SIMPLE_FIRST.index(row.run.method))
     best = max(rows, key=lambda row: SIGN[group.task] * row.score)
-    for row in rows[: rows.index(best)]:
+    simpler = rows[: rows.index(best)]
+    for row in simpler:
         [pair] = [pair for pair in group.pairs if {pair.a, pair.b} == {row.label, best.label}]
         lead = pair.lead and (pair.lead[2] if pair.ahead == best.label else -pair.lead[1])
         if pair.lead and lead < group.margin:
             size = tables.amount(group, f"{max(lead, 0):.2f}", True)
             why = f"{best.label} has the best mean score, but it is ahead by at most {size}"
             return row, f"{why} (upper 95 % limit), and {row.label} is simpler."
-    simpler = listing = tables.listing([row.label for row in rows[: rows.index(best)]])
-    simpler = f"{listing} may be worse by the margin or more" if listing else "it is the simplest"
-    return best, f"It has the best mean score, and {simpler}."
+    labels = tables.listing([row.label for row in simpler])
+    why = f"{labels} may be worse by the margin or more" if labels else "it is the simplest"
+    return best, f"It has the best mean score, and {why}."
 
 
 def next_step(group):
@@ -85,28 +80,22 @@ def next_step(group):
         return [], "", ""
     (row, why), said = recommend(group), []
     run = max(row.picked.values(), key=lambda run: SIGN[group.task] * run.dev)
-    size, share = run.sizes["test"], run.majority
+    share, size = run.majority, run.sizes["test"]
     if share and row.score < 100 * (share + 2 * (share * (1 - share) / size) ** 0.5):
-        said.append(
-            f"Look at the data first: the score, {row.score:.2f} %, is no better than always "
-            f"answering the largest class, {100 * share:.2f} % of the test examples."
-        )
+        low = f"Look at the data first: the score, {row.score:.2f} %, is no better than always "
+        said = [f"{low}answering the largest class, {100 * share:.2f} % of the test examples."]
     costs = [f"{head} {text}" for head, text in tables.main_costs(row).items() if text]
     said.append(f"Use {row.label}. {why} It costs: {', '.join(costs)}.")
-    if any(pair.verdict == "none" for pair in group.pairs):
+    verdicts = {pair.verdict for pair in group.pairs}
+    if "none" in verdicts:
         said.append("This is a first impression: not every pair has a verdict.")
-    if any(pair.verdict == "undecided" for pair in group.pairs):
-        said.append(
-            "Some pairs are undecided: this study detects differences of "
-            f"{tables.detected(group)} or more. For smaller ones plan a new study with new seeds."
-        )
+    if "undecided" in verdicts:
+        finds = f"Some pairs are undecided: this study detects differences of {tables.detected(group)}"
+        said.append(f"{finds} or more.{tables.PLAN}")
     stem = f"results/{run.dataset}-{run.name}-{run.model}-lr{run.lr:g}-seed{run.seed}"
     stem = str(run.path.with_suffix("")) if run.path.suffix == ".json" else stem
     command = f"python {row.run.method}.py --eval_only {shlex.quote(printable(stem, 500))}"
     return said, f"{command} --export my-model", CODE[group.task]
-
-
-# ------------------------------------------------------------------------------- parts of a page
 
 
 def markdown(table):
@@ -119,7 +108,7 @@ def markdown(table):
 def sentences(group):
     """Verdicts and cautions as a list in Markdown."""
     said = [*tables.verdicts(group), *(("", caution) for caution in group.cautions)]
-    bold = [f"**{escaped(start, 1000)}**" if start else "" for start, _ in said]
+    bold = [f"**{escaped(start, 1000)}**" * bool(start) for start, _ in said]
     said = zip(bold, said, strict=True)
     return "\n".join(f"- {start}{escaped(rest, 10_000)}" for start, (_, rest) in said)
 
@@ -152,21 +141,16 @@ SECTIONS = {  # blocks of other pages, by the name in their marks
     "verdicts": sentences,
     "table": lambda group: markdown(tables.main_table(group)),
     "next": next_block,
-    "learning_rates": lambda group: markdown(tables.lr_table(group)),
     "pairs": pairs,
-    "means": lambda group: markdown(tables.means_table(group)),
-    "runs": runs,
 }
 FOLDED = {  # below the plots
-    "learning_rates": "Dev score at each learning rate",
-    "pairs": "Every pair",
-    "means": "Scores and costs of the tuned runs",
-    "runs": "Runs and settings",
+    "Dev score at each learning rate": lambda group: markdown(tables.lr_table(group)),
+    "Every pair": pairs,
+    "Scores and costs of the tuned runs": lambda group: markdown(tables.means_table(group)),
+    "Runs and settings": runs,
 }
 NAMES = "|".join(SECTIONS)
 MARK = re.compile(rf"(<!-- ({NAMES})(?: (\S+))? -->(\r?\n)).*?(<!-- /\2 -->)", re.DOTALL)
-
-# ------------------------------------------------------------------------------------ whole pages
 
 
 def group_page(group, drawn):
@@ -178,8 +162,8 @@ def group_page(group, drawn):
     if step := next_block(group):
         parts.append(f"### What to do next\n\n{step}")
     parts += [f"![{escaped(words, 200)}]({file})" for file, words in drawn]
-    for name, summary in FOLDED.items():
-        if text := SECTIONS[name](group):
+    for summary, block in FOLDED.items():
+        if text := block(group):
             parts.append(f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>")
     return "\n\n".join(parts)
 
@@ -195,11 +179,7 @@ def check(folder, files):
     if path.exists() and not ours:
         fail(f"{path} is not a page of compare.py; --out names another folder")
     for file in files:
-        try:
-            marked = file.is_file() and MARK.search(file.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            fail(f"--fill {file}: cannot be read ({first_line(error)})")
-        if not marked:
+        if not file.is_file() or not MARK.search(file.read_bytes().decode(errors="replace")):
             fail(f"--fill {file}: no file with <!-- table --> and <!-- /table --> in it")
 
 
@@ -225,24 +205,20 @@ def terminal(groups, path):
 
 
 def fill(files, groups):
-    """Renew what is between <!-- NAME --> and <!-- /NAME --> in other pages.
+    """Renew what is between <!-- NAME --> and <!-- /NAME --> in other pages; NAME is in SECTIONS.
 
-    NAME is one of SECTIONS: verdicts (with the cautions), table (the main one), next, learning_rates,
-    pairs (every statistic), means (scores and costs), runs (sizes, settings, machines). It holds all
-    groups on real data, or with <!-- NAME sst2 --> those of that data set. A block without results
-    and the line ends stay as they are.
+    It holds all groups on real data, or with <!-- NAME sst2 --> those of that data set. A block
+    without results and the line ends stay as they are.
     """
 
     def renew(match):
         opening, name, dataset, end, closing = match.groups()
-        wanted = [
-            g
-            for g in groups
-            if (g.runs[0].dataset == dataset if dataset else g.runs[0].dataset not in DEMOS)
-        ]
+        datasets = [dataset] if dataset else {g.runs[0].dataset for g in groups} - {*DEMOS}
+        wanted = [group for group in groups if group.runs[0].dataset in datasets]
         parts = [f"\n**{escaped(g.title, 200)}**\n\n{SECTIONS[name](g)}\n" for g in wanted]
         text = "".join([*parts, "\n"]).replace("\n", end)
         return f"{opening}{text}{closing}" if wanted else match.group()
 
     for file in files:
-        write(file, MARK.sub(renew, file.read_bytes().decode()).encode())
+        text = file.read_bytes().decode(errors="surrogateescape")
+        write(file, MARK.sub(renew, text).encode(errors="surrogateescape"))

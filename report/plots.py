@@ -111,10 +111,9 @@ def forest(group, path):
 
 
 def lr(group, path):
-    """Dev score over the learning rate: a panel per method, mean and range over the seeds."""
+    """Dev score over the learning rate: a panel per row, mean and range over the seeds."""
     rows = [row for row in group.rows if len(row.lrs) > 1 and row.run.method != "head_only"]
-    kinds = list(dict.fromkeys(row.run.kind for row in rows))
-    if not kinds:
+    if not rows:
         return None
     dev = {row: [x or [np.nan] for x in row.dev.values()] for row in rows}  # NaN: all diverged
     means = {row: np.array([np.mean(x) for x in dev[row]]) for row in rows}
@@ -123,37 +122,30 @@ def lr(group, path):
     title = f"The learning rate moves the dev score by up to {most:,.1f} {unit}"
     note, lines = (
         "Line: mean over seeds; band: worst to best seed; dotted: best.",
-        -(-len(kinds) // 4),
+        -(-len(rows) // 4),
     )
     with canvas(path, title, group, note, 0.5 + 2.2 * lines) as figure:
-        panels = figure.subplots(lines, -(-len(kinds) // lines), sharey=True, squeeze=False)
-        for axes, kind in zip(panels.flat, kinds, strict=False):
-            own = [row for row in rows if row.run.kind == kind]
-            for row, dashes in zip(own, ("-", "--", ":", "-.") * len(own), strict=False):
-                name = None if row.run.default else wrapped(row.label, 30)
-                style = look(row) | {"ls": dashes, "ms": 5, "mew": 1.2, "label": name}
-                axes.plot(row.lrs, means[row], **style)
-            row, color = own[0], look(own[0])["color"]
+        panels = figure.subplots(lines, -(-len(rows) // lines), sharey=True, squeeze=False)
+        for axes, row in zip(panels.flat, rows, strict=False):
+            color, best = look(row)["color"], np.nanargmax(SIGN[group.task] * means[row])
+            axes.plot(row.lrs, means[row], ms=5, **look(row))
             low, high = ([end(x) for x in dev[row]] for end in (min, max))
             axes.fill_between(row.lrs, low, high, color=color, alpha=0.2, lw=0)
-            best = row.lrs[np.nanargmax(SIGN[group.task] * means[row])]
-            axes.axvline(best, color=color, lw=1, ls=":")
-            axes.set_title(f"{wrapped(kind, 20)}\nbest: {best:g}", size=10)
+            axes.axvline(row.lrs[best], color=color, lw=1, ls=":")
+            axes.set_title(f"{wrapped(row.label, 20)}\nbest: {row.lrs[best]:g}", size=10)
             axes.set_xscale("log")
             if group.task != "classification" and most > 1000:  # training broke down at one of them
                 axes.set_yscale("log")
-            ends = [end(lr for row in own for lr in row.lrs) for end in (min, max)]
+            ends = [row.lrs[0], row.lrs[-1]]
             ticks = axes.set_xticks(ends, [f"{end:g}" for end in ends])
             for tick, side in zip(ticks, ("left", "right"), strict=True):
                 tick.label1.set_horizontalalignment(side)
             axes.minorticks_off()
             axes.set_xlabel("learning rate", size=9)
             axes.grid(axis="y")
-        for axes in panels.flat[len(kinds) :]:
+        for axes in panels.flat[len(rows) :]:
             axes.set_visible(False)
         figure.supylabel(f"dev {tables.SCORES[group.task]}", size=10)
-        if not all(row.run.default for row in rows):
-            figure.legend(loc="outside lower center", ncols=3)
     return f"Dev score over the learning rate, {group.title}"
 
 

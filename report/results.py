@@ -1,7 +1,7 @@
 """Result files in, runs out: each usable result once, and one line for each text that is none.
 
-Every field of a run is checked here, so that nothing later can fail on it. Scores are on a scale
-on which a difference of 1 is about 1 percent: percent of right answers, or 100·ln(perplexity).
+Every field of a run is checked here, so that nothing later fails on it. On the scale of comparison
+a difference of 1 is about 1 percent: percent of right answers, or 100·ln(perplexity).
 """
 
 import base64
@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,6 @@ FREE |= {"dev_samples", "batch_size", "eval_batch_size", "grad_accum"}
 # Settings that an untrained model ignores.
 TRAINING = {"epochs", "max_steps", "head_lr", "warmup", "weight_decay", "base_dropout"}
 ADAPTER = {"rank", "alpha", "dropout", "targets"}  # methods are tested where these are equal
-TOO_MUCH = (ArithmeticError, RecursionError)
 ANYWHERE = ("metrics", "parameters", "flops", "disk")  # hardly depend on the device
 
 
@@ -53,7 +52,9 @@ class Run:
     path: Path  # where it was read
     created: str  # date and time
     method: str  # as METHODS has it
+    kind: str  # the method in words; a hybrid's depends on its settings
     name: str  # of its row: the method and its changed flags, or the user's --name
+    default: bool  # whether that is the name without changed flags
     dataset: str
     model: str
     lr: float  # 0 for an untrained model
@@ -67,26 +68,14 @@ class Run:
     majority: float | None  # share of the test examples that the largest class has
     sizes: dict  # {split: number of examples}
     settings: dict  # those that all runs of a row share
-    data_key: str  # equal for runs with the same test examples and base
-    budget_key: str  # equal for runs that trained on equally much
+    data_key: str  # JSON of what runs share that can be compared: the test examples and the base
+    budget_key: str  # and how much they train
     split_key: str  # equal for runs with the same training and dev examples
-    facts: list  # in words, what two groups of runs may differ in
     seconds: float  # of training
     costs: dict  # {dotted path in the result: number}, scores too; times if inference was timed
     machine: str  # the device's name, torch and transformers
     bf16: bool
     commit: str
-
-    @property
-    def kind(self):
-        """The method in words; a hybrid's depends on its settings."""
-        sparse = self.method == "hybrid" and self.settings.get("update") == "contextual"
-        return "Sparse QLoRA" if sparse else METHODS.get(self.method, self.method)
-
-    @property
-    def default(self):
-        """Whether it has the name that the script gives if no flag of the method is changed."""
-        return self.name == self.method + "-contextual" * (self.kind == "Sparse QLoRA")
 
 
 @dataclass(eq=False)
@@ -94,18 +83,17 @@ class Row:
     """One row of the tables: a method in one variant, tuned at each seed."""
 
     label: str  # differs from all others of the group
+    run: Run  # any of its runs: its method, kind and settings are the row's
     tested: bool  # whether its pairs get a verdict
     lrs: list  # the learning rates that each of its seeds has, from small to large
-    scores: list  # of the picked runs, in percent or perplexity
-    score: float  # their mean (of perplexities the geometric one), and its 95 % interval over seeds
+    score: float  # mean of the picked runs (of perplexities geometric), 95 % interval over seeds
     interval: list
     dev: dict  # {learning rate: dev scores, one per seed that did not diverge}
     test: dict  # {learning rate: mean test score}
     costs: dict  # {dotted path: mean over the picked runs}
     left_out: list  # in words: seeds, learning rates and runs that do not count
-    run: Run = field(repr=False)  # any: its method, kind and settings are the row's
-    picked: dict = field(repr=False)  # {seed: its Run with the best dev score}
-    split_keys: dict = field(repr=False)  # {seed: the split_key of each of its runs}
+    picked: dict  # {seed: its Run with the best dev score}
+    split_keys: dict  # {seed: the split_key of each of its runs}
 
 
 @dataclass(eq=False)
@@ -120,14 +108,14 @@ class Pair:
     intervals: dict = None  # over "95 %, both", "95 %, seeds", "95 %, examples", "90 %, both"
     ahead: str = ""  # the label with the better mean, and by how much: mean, 95 % interval
     lead: list = ()
-    p_seeds: float = math.nan
+    p_seeds: float = math.nan  # of the t-test over seeds; then of both tests, and Holm's
     p: float = math.nan
     p_holm: float = math.nan
     equal: bool = False  # the 90 % intervals lie within the margin
     verdict: str = ""  # better, equal, undecided, none; "": not tested
     why: str = ""  # there is no verdict
     examples: int = 0
-    squared: list = field(default=(), repr=False)  # squared errors, on the scale of comparison
+    squared: list = ()  # squared errors, on the scale of comparison
 
 
 @dataclass(eq=False)
@@ -144,10 +132,7 @@ class Group:
     parents: list  # a Pair of each variant or hybrid with what it is made of
     detectable: tuple | None  # (difference that 80 % of studies find, Pair that varies most)
     cautions: list
-    runs: list = field(repr=False)  # never empty
-
-
-# ------------------------------------------------------------------------------- rows and labels
+    runs: list  # never empty
 
 
 def shown(value):
@@ -167,12 +152,6 @@ def tested_runs(runs):
         settings = json.dumps([run.settings[key] for key in sorted(keys)])
         variants.setdefault(settings, {}).setdefault(run.method, run)
     return list(max(variants.values(), key=len, default={}).values())
-
-
-def references(runs, tested):
-    """{kind: the run whose row stands for it}: the tested one, or that of the default name."""
-    runs = sorted(runs[::-1], key=lambda run: (run in tested, run.default))
-    return {run.kind: run for run in runs if not run.untrained}
 
 
 def label_rows(runs, reference):
@@ -213,17 +192,15 @@ def group_order(runs):
 
 def titles(groups):
     """A title for each list of comparable runs; equal ones get what the groups differ in."""
-    firsts, full = [runs[0] for runs in groups], []
-    for run in firsts:
+    runs, full = [runs[0] for runs in groups], []
+    facts = {run: json.loads(run.data_key) | json.loads(run.budget_key) for run in runs}
+    for run in runs:
+        alike = [facts[x] for x in runs if (x.dataset, x.model) == (run.dataset, run.model)]
+        differ = [key for key in facts[run] if len({str(x.get(key)) for x in alike}) > 1]
+        differ = ", ".join(printable(f"{key} {facts[run][key]}", 20) for key in differ)
         name = (DATASETS | DEMOS).get(run.dataset, printable(run.dataset))
-        alike = [x.facts for x in firsts if (x.dataset, x.model) == (run.dataset, run.model)]
-        facts = zip(run.facts, zip(*alike, strict=True), strict=True)
-        differ = ", ".join(fact for fact, others in facts if len(set(others)) > 1)
         full.append(f"{name} with {printable(run.model)}" + (f" ({differ})" if differ else ""))
     return full
-
-
-# ----------------------------------------------------------------------------- scales of a score
 
 
 def on_scale(score, task):
@@ -244,9 +221,6 @@ def in_units(x, task):
 def margin_on_scale(margin, task):
     """A margin in points or percent of the perplexity, on the scale of comparison."""
     return margin if task == "classification" else 100 * math.log1p(margin / 100)
-
-
-# --------------------------------------------------------------------------------- reading files
 
 
 def number(x):
@@ -317,6 +291,9 @@ def read_run(text, file="", path=Path()):
     parts = [x if isinstance(x, list) else [x] for x in settings.values()]
     if any(isinstance(x, dict | list) for part in parts for x in part):
         raise ValueError("a setting is neither a value nor a list of values")
+    method, kind = names["method"], METHODS.get(names["method"], printable(names["method"]))
+    if method == "hybrid" and settings["update"] == "contextual":
+        method, kind = "hybrid-contextual", "Sparse QLoRA"
     untrained, diverged = bool(r["untrained"]), bool(r["diverged"])
     sizes = {split: int(number(data[split])) for split in ("train", "dev", "test")}
     dev, test, values = math.nan, math.nan, None
@@ -329,13 +306,11 @@ def read_run(text, file="", path=Path()):
         if len(values) != sizes["test"] or len(values) < 2 or not abs(values.mean() - test) < 0.01:
             raise ValueError("`test_examples` does not fit the test score")
     counts = [number(x) for x in (data.get("class_counts") or {}).get("test", [])]
-    sha256, test_sha256 = str(r["base"]["sha256"]), str(data["test_sha256"])
+    shared = {"dataset": names["dataset"], "task": task, "base": r["base"]["sha256"]}
+    shared |= {"tokens": settings["max_length"], "test": sizes["test"], "of": data["test_sha256"]}
     batch = settings["batch_size"] * settings["grad_accum"] * environment["processes"]
-    budget = {key: settings[key] for key in ("epochs", "max_steps", "max_length", "head_lr")}
-    budget |= {"training examples": sizes["train"], "dev examples": sizes["dev"]}
-    budget |= {"batch": int(number(batch))}
-    facts = budget | {"base": sha256[:6], "test examples": f"{sizes['test']} {test_sha256[:6]}"}
-    ignored = FREE | TRAINING if untrained else FREE
+    budget = {key: settings[key] for key in ("epochs", "max_steps", "head_lr")}
+    budget |= {"train": sizes["train"], "dev": sizes["dev"], "batch": int(number(batch))}
     costs, device = read_costs(r), printable(environment["device"])
     if not device.startswith("cuda"):
         device = "cpu"
@@ -344,41 +319,22 @@ def read_run(text, file="", path=Path()):
         costs = {path: x for path, x in costs.items() if not path.startswith("time")}
     versions = [(key, str(environment.get(key)).split(".")) for key in ("torch", "transformers")]
     versions = [f"{key} {printable('.'.join(version[:2]))}" for key, version in versions]
-    return Run(
-        **names,
-        file=file,
-        path=path,
-        created=printable(r.get("created")),
-        lr=0.0 if untrained else number(r["lr"]),
-        seed=int(number(r["seed"])),
-        untrained=untrained,
-        diverged=diverged,
-        task=task,
-        dev=dev,
-        test=test,
-        values=values,
-        majority=max(counts) / sum(counts) if counts else None,
-        sizes=sizes,
-        settings={key: x for key, x in sorted(settings.items()) if key not in ignored},
-        data_key=json.dumps([names["dataset"], task, sha256, test_sha256, settings["max_length"]]),
-        budget_key=json.dumps({} if untrained else budget),
-        split_key=json.dumps([data["train_sha256"], data["dev_sha256"]]),
-        facts=[printable(f"{key} {fact}") for key, fact in facts.items()],
-        seconds=number(r.get("time", {}).get("train_seconds", 0)),
-        costs=costs,
-        machine=", ".join([device.removeprefix("cuda "), *versions]),
-        bf16="bf16" in (environment.get("precision"), settings.get("precision")),
-        commit=printable(environment.get("commit"))[:12],
-    )
-
-
-def why_unusable(error):
-    """In words, what reading a text raised."""
-    if isinstance(error, TOO_MUCH):
-        return "a number is too large, or it is nested too deeply"
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
-    return first_line(error) if isinstance(error, ValueError) else "a part has the wrong type"
+    ignored = FREE | TRAINING if untrained else FREE
+    fields = names | {"kind": kind, "default": names["name"] == method, "file": file, "path": path}
+    fields |= {"created": printable(r.get("created")), "seed": int(number(r["seed"]))}
+    fields |= {"untrained": untrained, "lr": 0.0 if untrained else number(r["lr"])}
+    fields |= {"diverged": diverged, "task": task, "dev": dev, "test": test, "values": values}
+    fields |= {"majority": max(counts) / sum(counts) if counts else None, "sizes": sizes}
+    fields |= {"settings": {k: x for k, x in sorted(settings.items()) if k not in ignored}}
+    fields |= {
+        "data_key": json.dumps(shared),
+        "budget_key": json.dumps({} if untrained else budget),
+    }
+    fields |= {"split_key": json.dumps([data["train_sha256"], data["dev_sha256"]])}
+    fields |= {"costs": costs, "seconds": number(r.get("time", {}).get("train_seconds", 0))}
+    fields |= {"bf16": "bf16" in (environment.get("precision"), settings.get("precision"))}
+    fields |= {"machine": ", ".join([device.removeprefix("cuda "), *versions])}
+    return Run(**fields, commit=printable(environment.get("commit"))[:12])
 
 
 def load(paths, price=None):
@@ -387,6 +343,8 @@ def load(paths, price=None):
     Two results of one run with other scores end the program. price: of a GPU's hour.
     """
     texts, runs, skipped = [], {}, []
+    if price is not None and not 0 < price < math.inf:
+        fail(f"--price {price:g}: give a positive number")
     for path in paths:
         if not path.exists():
             fail(f"{path}: no such file or folder; `python lora.py` writes into results/")
@@ -399,8 +357,12 @@ def load(paths, price=None):
     for name, text, file in sorted(texts):  # by name and content, wherever the files lie
         try:
             run, reason = read_run(text, name, file), None
-        except (ValueError, LookupError, TypeError, AttributeError, *TOO_MUCH) as error:
-            reason = why_unusable(error)
+        except (ArithmeticError, RecursionError):
+            reason = "a number is too large, or it is nested too deeply"
+        except (TypeError, AttributeError):
+            reason = "a part has the wrong type"
+        except (KeyError, ValueError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         if not reason:
             if price and "time.accelerator_hours" in run.costs:
                 run.costs["time.cost"] = price * run.costs["time.accelerator_hours"]
@@ -412,22 +374,13 @@ def load(paths, price=None):
             reason = None if first is run else f"the same run as {first.file}"
         if reason:
             skipped.append(f"{printable(name, 120)}: {printable(reason, 200)}")
-            print(
-                f"compare.py: skipped {printable(file.parent, 120)}/{skipped[-1]}", file=sys.stderr
-            )
+            folder = printable(file.parent, 120)
+            print(f"compare.py: skipped {folder}/{skipped[-1]}", file=sys.stderr)
     if not runs:
         fail(f"no usable result in {', '.join(map(str, paths))}; `python lora.py` makes one")
     if price and not any("time.cost" in run.costs for run in runs.values()):
         print("compare.py: --price: no run here was timed on a GPU", file=sys.stderr)
     return list(runs.values()), skipped
-
-
-# ----------------------------------------------------------------------------------------- costs
-
-
-def most_common_machine(runs):
-    """The machine that most of these runs had."""
-    return max(sorted({run.machine for run in runs}), key=[run.machine for run in runs].count)
 
 
 def mean_costs(picked, runs, machine):

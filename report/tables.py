@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 
+from harness.text import printable
 from report.results import SIGN, TESTED, margin_on_scale, shown
 
 SCORES = {"classification": "accuracy, %", "mlm": "masked-LM perplexity"}
@@ -19,10 +20,11 @@ COSTS = (  # of the main table: header, path in a row's costs, factor, format
     ("inference examples/s", "inference.32.as trained.samples_per_second", 1, ",.0f"),
 )
 UNITS = {"memory": (", MiB", MIB), "disk": (", MiB", MIB), "flops": (", GFLOP", 1e-9)}
+PLAN = (
+    " For smaller ones plan a new study with new seeds. Do not add seeds to this one: adding them "
+    "until a verdict appears raises false verdicts from 5 to 11 %."
+)
 VERDICTS = ("better", "equal", "undecided", "none")
-
-
-# ---------------------------------------------------------------------------------- words, numbers
 
 
 def amount(group, text, full=False):
@@ -52,18 +54,16 @@ def detected(group):
 
 
 def verdicts(group):
-    """[(beginning, rest)] of the sentences on top: better, equal, undecided, none; and the power."""
+    """[(beginning, rest)] of the sentences on top: verdicts, and what is detected."""
     said, pairs = [], group.pairs
     better, equal, undecided, none = ([p for p in pairs if p.verdict == x] for x in VERDICTS)
     for name in dict.fromkeys(pair.ahead for pair in better):
         beaten = []
         for pair in (pair for pair in better if pair.ahead == name):
-            mean, low, high = pair.lead
-            inside = "; the 90 % interval is within the margin" * pair.equal
-            beaten.append(
-                f"than {pair.a if pair.b == name else pair.b} by {amount(group, f'{mean:.2f}')} "
-                f"(95 % interval {low:.2f} to {high:.2f}{inside})"
-            )
+            size, low, high = (f"{x:.2f}" for x in pair.lead)
+            span = f"95 % interval {low} to {high}" + "; the 90 % one is in the margin" * pair.equal
+            other = pair.a if pair.b == name else pair.b
+            beaten.append(f"than {other} by {amount(group, size)} ({span})")
         of = "" if group.task == "classification" else " in perplexity"
         said.append((f"{name} is better", f"{of} {listing(beaten)}."))
     if equal:
@@ -84,31 +84,23 @@ def verdicts(group):
         said.append(("No verdict:", " fewer than two of the four methods can be compared."))
     if group.detectable:
         pair = group.detectable[1]
-        plan = (
-            " To decide about smaller ones, plan a new study with new seeds. Do not add seeds to "
-        )
-        plan += (
-            "this one: adding them until a verdict appears raises false verdicts from 5 to 11 %."
-        )
-        rest = (
-            f"With {len(pair.seeds)} seeds and {pair.examples:,} test examples this study detects "
-        )
-        rest += f"differences of {detected(group)} or more (80 % power) in every pair; the least "
-        rest += f"certain one is {pair.a} − {pair.b}.{plan if undecided else ''}"
-        said.append(("", rest))
+        seen = f"With {len(pair.seeds)} seeds and {pair.examples:,} test examples this study "
+        seen += f"detects differences of {detected(group)} or more (80 % power) in every pair; "
+        seen += f"{pair.a} − {pair.b} is the least certain one." + PLAN * bool(undecided)
+        said.append(("", seen))
     return said
 
 
 def versus_lora(group):
     """How the other tested methods compare with LoRA, as the title of a plot."""
-    labels, lora = {}, [row.label for row in group.rows if row.tested and row.run.kind == "LoRA"]
-    for pair in (pair for pair in group.pairs if pair.a in lora):
-        worse = pair.verdict == "better" and pair.ahead in lora
-        labels.setdefault("worse" if worse else pair.verdict, []).append(pair.b)
-    unit = "point" if group.task == "classification" else "%"
     words = {"better": "better than LoRA", "worse": "worse than LoRA"}
-    words |= {"equal": f"within {group.margin:g} {unit} of LoRA", "undecided": "undecided"}
-    said = [f"{listing(labels[key])} {words[key]}" for key in words if key in labels]
+    words |= {"equal": f"within {amount(group, f'{group.margin:g}')} of LoRA"}
+    words |= {"undecided": "undecided"}
+    labels = {verdict: [] for verdict in [*words, "none"]}
+    for pair in (pair for pair in group.pairs if group.lora and pair.a == group.lora.label):
+        worse = pair.verdict == "better" and pair.ahead == pair.a
+        labels["worse" if worse else pair.verdict].append(pair.b)
+    said = [f"{listing(labels[key])} {words[key]}" for key in words if labels[key]]
     return "; ".join(said) or "Difference from LoRA, no verdict"
 
 
@@ -126,9 +118,6 @@ def cautions(rows, task, margin):
     others = [row.label for row in trained if row.run.method in {*TESTED} - methods]
     if others:
         said.append(f"Not tested, as rank, alpha, dropout or layers differ: {listing(others)}.")
-    counts = {row.label: len(row.lrs) for row in tested}
-    if len(set(counts.values())) > 1:
-        say("Different numbers of learning rates to choose from, so there is no verdict.", counts)
     keys = {}
     for row in trained:
         for seed, seen in row.split_keys.items():
@@ -150,10 +139,6 @@ def cautions(rows, task, margin):
     say("The learning-rate grid may be too narrow: its lowest or highest value was picked.", edges)
     say("Far out: more than three margins worse than the method's median.", far)
     say("Left out.", {row.label: ", ".join(row.left_out) for row in trained})
-    seeds = {seed for row in tested for seed in row.picked}
-    missing = {row.label: sorted(seeds.difference(row.picked)) for row in tested}
-    missing = {label: ", ".join(map(str, some)) for label, some in missing.items()}
-    say("Missing seeds; a pair uses the seeds that both methods have.", missing)
     for key in sorted({key for row in tested for key in row.run.settings}):
         known = {row.label: row.run.settings for row in tested if key in row.run.settings}
         values = {label: shown(settings[key]) for label, settings in known.items()}
@@ -168,9 +153,6 @@ def cautions(rows, task, margin):
     return said
 
 
-# ----------------------------------------------------------------------------------------- tables
-
-
 def main_table(group):
     """Tuned score, difference from LoRA, costs: the table below the verdicts."""
     score, unit = SCORES[group.task], "points" if group.task == "classification" else "%"
@@ -183,13 +165,10 @@ def main_table(group):
         cells = {"method": row.label, "learning rates × seeds": counts}
         cells[score] = with_interval(row.score, row.interval, ".2f")
         cells[f"same settings: lr {lr:g}" if lr else ""] = number(row.test.get(lr, math.nan), ".2f")
-        pair = group.versus_lora.get(row.label)
-        minus = (
-            with_interval(pair.mean, pair.intervals["95 %, both"], "+.2f")
-            if pair and pair.each
-            else ""
-        )
-        cells[f"minus LoRA, {unit}"] = minus
+        cells[f"minus LoRA, {unit}"] = ""
+        if (pair := group.versus_lora.get(row.label)) and pair.each:
+            minus = with_interval(pair.mean, pair.intervals["95 %, both"], "+.2f")
+            cells[f"minus LoRA, {unit}"] = minus
         table.append(cells | main_costs(row))
     return table
 
@@ -207,7 +186,7 @@ def means_table(group):
         kind, *parts = path.replace("_", " ").split(".")
         if "as trained" not in parts:  # unmerged, or the base
             unit, factor = UNITS.get(kind, ("", 1))
-            cells = {"mean": f"{kind}: {' '.join(parts)}{unit}"}
+            cells = {"mean": printable(f"{kind}: {' '.join(parts)}{unit}", 80)}
             for row in group.rows:
                 x = row.costs.get(path, math.nan) * factor
                 cells[row.label] = number(x, ",.0f" if abs(x) >= 1000 else ".4g")
@@ -243,12 +222,10 @@ def pair_table(pairs):
 
 def settings_table(group):
     """The settings of each row."""
-    settings = {row.label: row.run.settings for row in group.rows}
-    keys = sorted({key for own in settings.values() for key in own})
-    return [
-        {"method": label} | {key: shown(own.get(key, "")) for key in keys}
-        for label, own in settings.items()
-    ]
+    keys, table = sorted({key for row in group.rows for key in row.run.settings}), []
+    for row in group.rows:
+        table.append({"setting": row.label} | {k: shown(row.run.settings.get(k, "")) for k in keys})
+    return table
 
 
 def cells_of(table):
