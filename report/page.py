@@ -90,8 +90,8 @@ def next_step(group):
     if "none" in verdicts:
         said.append("This is a first impression: not every pair has a verdict.")
     if "undecided" in verdicts:
-        finds = f"Some pairs are undecided: this study detects differences of {tables.detected(group)}"
-        said.append(f"{finds} or more.{tables.PLAN}")
+        finds = f"this study detects differences of {tables.detected(group)} or more.{tables.PLAN}"
+        said.append(f"Some pairs are undecided: {finds}")
     stem = f"results/{run.dataset}-{run.name}-{run.model}-lr{run.lr:g}-seed{run.seed}"
     stem = str(run.path.with_suffix("")) if run.path.suffix == ".json" else stem
     command = f"python {row.run.method}.py --eval_only {shlex.quote(printable(stem, 500))}"

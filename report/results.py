@@ -41,7 +41,7 @@ FREE |= {"dev_samples", "batch_size", "eval_batch_size", "grad_accum"}
 # Settings that an untrained model ignores.
 TRAINING = {"epochs", "max_steps", "head_lr", "warmup", "weight_decay", "base_dropout"}
 ADAPTER = {"rank", "alpha", "dropout", "targets"}  # methods are tested where these are equal
-ANYWHERE = ("metrics", "parameters", "flops", "disk")  # hardly depend on the device
+ANYWHERE = ("metrics", "parameters", "sparsity", "flops", "disk")  # hardly depend on the device
 
 
 @dataclass(eq=False)
@@ -245,6 +245,7 @@ def numbers(tree, path):
 def read_costs(r):
     """{dotted path: number} of a result's scores and costs, with the peaks of memory."""
     trees = {key: r[key] for key in (*ANYWHERE, "memory", "time") if key in r}
+    trees["sparsity"] = r["report"].get("sparsity", {})
     trees["inference"] = {str(timing["batch"]): dict(timing) for timing in r["inference"]}
     for timing in trees["inference"].values():
         timing["as trained"] = timing.get("unmerged", timing.get("base"))

@@ -200,7 +200,7 @@ def lr_table(group):
     for row in (row for row in group.rows if not row.run.untrained):
         picked, cells = Counter(run.lr for run in row.picked.values()), []
         for lr, dev in row.dev.items():
-            mean = f"{np.mean(dev):.2f}" if dev else "diverged"
+            mean = f"{sum(dev) / len(dev):.2f}" if dev else "diverged"
             cells.append(f"{lr:g}: {mean}" + (f" ({picked[lr]} ×)" if picked[lr] else ""))
         table.append({"method": row.label, "learning rate: dev score (picked)": "; ".join(cells)})
     return table
