@@ -89,7 +89,8 @@ def forest(group, path):
     if not pairs:
         return None
     note = "Thick: 95 % interval over seeds; thin: over test examples, too; dots: seeds; "
-    note += "gray: equal, within the margin."
+    margin = tables.amount(group, f"{group.margin:g}")
+    note += f"gray: within the margin of {margin}."
     with canvas(path, tables.versus_lora(group), group, note, 0.8 + 0.42 * len(pairs)) as figure:
         axes = figure.subplots()
         axes.axvspan(-group.margin, group.margin, color=FAINT, lw=0)
