@@ -22,6 +22,7 @@ from report import page, plots, results, tables
 from report.results import SIGN, Group, Pair, Row, in_units, margin_on_scale, natural
 
 SEEDS = 6  # at least as many are needed for a verdict
+NEIGHBORS = 30  # groups of blocks of running text: as study/article_noise.py finds for WikiText-2
 
 
 def squared_errors(d):
@@ -96,6 +97,15 @@ def detectable(squared, n, m, alpha, studies=20_000):
     return float(np.quantile(half_width(seen, n, m, 1 - alpha) - error, 0.8))
 
 
+def group_neighbors(d):
+    """d (n, m blocks of running text) as (n, at most NEIGHBORS groups), with the same mean.
+
+    Neighboring blocks are of one article, so they are not independent examples.
+    """
+    m, count = d.shape[1], min(d.shape[1], NEIGHBORS)
+    return np.add.reduceat(d, np.arange(count) * m // count, axis=1) * (count / m)
+
+
 def common_lrs(by_seed):
     """Of {seed: {lr: run}} the learning rates that count, and the seeds that have them all.
 
@@ -158,6 +168,7 @@ def difference(a, b, task, margin):
     if len(seeds) < 2:
         return pair
     d = np.array([a.picked[seed].values - b.picked[seed].values for seed in seeds])  # (n, m)
+    pair.examples, d = d.shape[1], d if task == "classification" else group_neighbors(d)
     (n, m), mean, squared = d.shape, d.mean(), squared_errors(d)
     if task == "classification":  # a share of m examples is known to one example at best
         squared[1] = max(squared[1], (100 / m) ** 2)
@@ -174,7 +185,7 @@ def difference(a, b, task, margin):
     pair.mean, pair.each = in_units(mean, task), [in_units(x, task) for x in d.mean(1)]
     pair.ahead = (a if mean * SIGN[task] > 0 else b).label
     pair.lead = [in_units(abs(mean) + halves["95 %, both"] * x, task) for x in (0, -1, 1)]
-    pair.squared, pair.examples = squared, m
+    pair.variation = squared, n, m
     return pair
 
 
@@ -205,7 +216,7 @@ def weakest(pairs, task):
     """(detectable() in units, Pair) of the judged pair for which it is largest, or None."""
     judged = [pair for pair in pairs if pair.verdict != "none"]
     alpha = 0.05 / max(1, len(pairs))  # Holm's strictest step
-    sizes = [detectable(pair.squared, len(pair.seeds), pair.examples, alpha) for pair in judged]
+    sizes = [detectable(*pair.variation, alpha) for pair in judged]
     worst = max(zip(sizes, judged, strict=True), key=lambda x: x[0], default=None)
     return worst and (in_units(worst[0], task), worst[1])
 

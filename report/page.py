@@ -17,7 +17,7 @@ For each seed we pick the learning rate with the best dev score and use that run
 every number includes the variance from tuning. *Same settings* is the mean test score at LoRA's
 best learning rate, where a method ran it. *minus LoRA* is the mean difference over the seeds that
 both methods ran. Its 95 % interval includes two variances: training again (seeds) and other test
-examples. A score's own interval is over seeds alone.
+examples (of running text: groups of neighbors). A score's own interval is over seeds alone.
 
 *Better*: p < 0.05 after Holm's correction for all pairs; p is the larger one of the paired t-test
 over seeds and of the test over both variances. *Equal within the margin*: the 90 % intervals lie

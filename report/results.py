@@ -115,7 +115,7 @@ class Pair:
     verdict: str = ""  # better, equal, undecided, none; "": not tested
     why: str = ""  # there is no verdict
     examples: int = 0
-    squared: list = ()  # squared errors, on the scale of comparison
+    variation: tuple = ()  # (squared errors on the scale of comparison, seeds, examples or groups)
 
 
 @dataclass(eq=False)

@@ -341,6 +341,21 @@ def test_the_detectable_difference_is_found_in_80_percent_of_whole_studies():
         assert ((p < alpha) & (mean > 0)).mean() == pytest.approx(0.8, abs=0.03)
 
 
+def test_neighbors_of_one_article_are_no_independent_examples():
+    """Articles that differ: over blocks a difference of nothing is called one far too often."""
+    rng, wrong = np.random.default_rng(0), {"blocks": 0, "groups": 0}
+    for _ in range(400):
+        articles = np.repeat(rng.normal(0, 0.16, 50), rng.integers(5, 35, 50))
+        d = articles + rng.standard_normal((6, 1)) * 0.05 + rng.standard_normal((6, len(articles)))
+        groups = compare.group_neighbors(d)
+        assert groups.shape == (6, 30) and groups.mean() == pytest.approx(d.mean())
+        for key, each in (("blocks", d), ("groups", groups)):
+            _, p, _ = compare.judge(each.mean(), compare.squared_errors(each), *each.shape, 1)
+            wrong[key] += p < 0.05
+    assert wrong["groups"] / 400 < 0.1 and wrong["blocks"] / 400 > 0.2
+    assert (compare.group_neighbors(d[:, :7]) == d[:, :7]).all()
+
+
 # ------------------------------------------------------------------------------ tuning and verdicts
 
 
@@ -424,10 +439,7 @@ def test_below_six_shared_seeds_there_is_no_verdict(tmp_path):
 def test_the_detectable_difference_is_that_of_the_least_certain_pair(tmp_path):
     made = make_study({"lora": 0, "qlora": 0}, seeds=8, rows=1000, spread=0.2)
     (group,) = judged(tmp_path, *made, *make_study({"hira": 0}, 7, 1000, 3))
-    each = {
-        pair.b + pair.a: compare.detectable(pair.squared, len(pair.seeds), 1000, 0.05 / 3)
-        for pair in group.pairs
-    }
+    each = {pair.b + pair.a: compare.detectable(*pair.variation, 0.05 / 3) for pair in group.pairs}
     size, pair = group.detectable
     assert size == max(each.values()) == each[pair.b + pair.a] > 3 * min(each.values())
     assert len(pair.seeds) == 7 and "HiRA" in (pair.a, pair.b)
