@@ -21,9 +21,9 @@ COSTS = (  # of the main table: header, path in a row's costs, factor, format
 )
 UNITS = {"memory": (", MiB", MIB), "disk": (", MiB", MIB), "flops": (", GFLOP", 1e-9)}
 PLAN = (
-    " For smaller ones plan a new study with new seeds. Do not add seeds to this one: adding them "
-    "until a verdict appears raises false verdicts from 5 to 11 %."
+    " For smaller ones plan a new study with new seeds. Adding seeds to this one until a verdict "
 )
+PLAN += "appears raises false verdicts from 5 to 11 %."
 VERDICTS = ("better", "equal", "undecided", "none")
 
 
@@ -71,7 +71,7 @@ def verdicts(group):
         if len(equal) == len(pairs) > 1:
             which = f"every pair of {listing([row.label for row in group.rows if row.tested])}"
         widest = max(abs(end) for pair in equal for end in pair.intervals["90 %, both"])
-        rest = f" {which}. No 90 % interval goes beyond {amount(group, f'{widest:.2f}')}."
+        rest = f" {which}. No 90 % interval exceeds {amount(group, f'{widest:.2f}')}."
         said.append((f"Equal within {amount(group, f'{group.margin:g}', True)}:", rest))
     if undecided:
         sizes = [f"{p.a} − {p.b}: {amount(group, f'{p.mean:+.2f}')}" for p in undecided]
@@ -85,8 +85,8 @@ def verdicts(group):
     if group.detectable:
         pair = group.detectable[1]
         seen = f"With {len(pair.seeds)} seeds and {pair.examples:,} test examples this study "
-        seen += f"detects differences of {detected(group)} or more (80 % power) in every pair; "
-        seen += f"{pair.a} − {pair.b} is the least certain one." + PLAN * bool(undecided)
+        seen += f"detects differences of {detected(group)} or more (80 % power; worst pair: "
+        seen += f"{pair.a} − {pair.b})." + PLAN * bool(undecided)
         said.append(("", seen))
     return said
 
@@ -135,7 +135,7 @@ def cautions(rows, task, margin):
         median = np.median([run.test for run in runs]) if runs else 0
         lost = {run.seed: SIGN[task] * (median - run.test) for run in runs}
         lost = [str(seed) for seed, x in lost.items() if x > 3 * margin_on_scale(margin, task)]
-        far[row.label] = f"seed {', '.join(lost)}" if lost else ""
+        far[row.label] = f"seed {', '.join(lost)}" if lost and count > 2 else ""
     say("The learning-rate grid may be too narrow: its lowest or highest value was picked.", edges)
     say("Far out: more than three margins worse than the method's median.", far)
     say("Left out.", {row.label: ", ".join(row.left_out) for row in trained})
@@ -162,7 +162,7 @@ def main_table(group):
         lr = max(means, key=means.get)
     for row in group.rows:
         counts = "" if row.run.untrained else f"{len(row.lrs)} × {len(row.picked)}"
-        cells = {"method": row.label, "learning rates × seeds": counts}
+        cells = {"method": row.label, "lrs × seeds": counts}
         cells[score] = with_interval(row.score, row.interval, ".2f")
         cells[f"same settings: lr {lr:g}" if lr else ""] = number(row.test.get(lr, math.nan), ".2f")
         cells[f"minus LoRA, {unit}"] = ""

@@ -39,7 +39,7 @@ def test_verdicts_come_first_then_table_next_step_and_details(study, tmp_path, c
     detects = (
         r"With 8 seeds and 1,000 test examples this study detects differences of [\d.]+ points"
     )
-    assert re.search(detects + r".*plan a new study with new seeds\. Do not add seeds", text)
+    assert re.search(detects + r".*plan a new study with new seeds\. Adding seeds", text)
     out = capsys.readouterr().out
     assert out.startswith("== SST-2 with MiniLM\n\n- HiRA is better than LoRA by")
     assert "**" not in out and "|" not in out and "accuracy, %" in out
@@ -67,7 +67,7 @@ def test_the_table_shows_what_the_numbers_are(tmp_path):
     (group,) = judged(tmp_path, *made)
     lora, qlora, hira = tables.main_table(group)
     row = group.rows[2]
-    assert hira["method"] == "HiRA" and hira["learning rates × seeds"] == "3 × 6"
+    assert hira["method"] == "HiRA" and hira["lrs × seeds"] == "3 × 6"
     assert hira["accuracy, %"].startswith(f"{row.score:.2f} (")
     low, high = group.versus_lora["HiRA"].intervals["95 %, both"]
     mean = group.versus_lora["HiRA"].mean
@@ -98,7 +98,7 @@ def test_an_untrained_row_has_a_score_alone_and_no_next_step(tmp_path):
     made = make_result("head_only", 0, untrained=True)
     (group,) = judged(tmp_path, made)
     (cells,) = tables.main_table(group)
-    assert cells["accuracy, %"] == "80.00" and cells["learning rates × seeds"] == ""
+    assert cells["accuracy, %"] == "80.00" and cells["lrs × seeds"] == ""
     assert "What to do next" not in page_of(tmp_path, tmp_path)
 
 
