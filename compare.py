@@ -22,15 +22,15 @@ from report import page, plots, results, tables
 from report.results import SIGN, Group, Pair, Row, in_units, margin_on_scale, natural
 
 SEEDS = 6  # at least as many are needed for a verdict
-NEIGHBORS = 30  # groups of blocks of running text: as study/article_noise.py finds for WikiText-2
+NEIGHBORS = 30  # groups of running text; study/article_noise.py compares them with articles
 
 
 def squared_errors(d):
     """Squared standard errors of the mean of d (n seeds, m examples): [seeds, examples, rest].
 
-    Seeds: s²/n of the n seeds' means, as in a paired t-test: training again. Examples: s²/m of the
-    m examples' means: other test examples. Both include the rest, the variance that belongs to
-    neither alone, over n·m (mean squares of a two-way layout with random effects).
+    Seeds: s²/n of the seeds' means, as in a paired t-test. Examples: s²/m of the examples' means.
+    Both include the rest, the variance that belongs to neither alone, over n·m (mean squares of a
+    two-way layout with random effects).
     """
     n, m = d.shape
     seeds, examples = d.mean(1), d.mean(0)
@@ -84,11 +84,10 @@ def holm(p):
 
 
 def detectable(squared, n, m, alpha, studies=20_000):
-    """The smallest true difference that 80 % of such studies find, at a level of alpha.
+    """The smallest true difference that 80 % of such studies find at the level alpha.
 
     Simulated with a fixed seed: normal differences, whose mean squares are independent chi-squares.
-    A study finds a difference where its mean, which is the true difference and an error, exceeds
-    the half width of the interval at that level.
+    A study finds it where its mean, the difference and an error, exceeds the interval's half width.
     """
     rng, freedom = np.random.default_rng(0), (n - 1, m - 1, (n - 1) * (m - 1))
     true = np.maximum(squared, squared[2])  # both include the rest
@@ -109,8 +108,8 @@ def group_neighbors(d):
 def common_lrs(by_seed):
     """Of {seed: {lr: run}} the learning rates that count, and the seeds that have them all.
 
-    As many of the most common ones as leave enough seeds for a verdict, then those that use most
-    runs: neither an extra one at one seed nor an unfinished seed takes the verdict away.
+    First they leave enough seeds for a verdict, then they use most runs: so neither an extra
+    learning rate at one seed nor an unfinished seed takes the verdict away.
     """
     counts, grids = Counter(lr for by_lr in by_seed.values() for lr in by_lr), []
     for least in set(counts.values()):
@@ -122,10 +121,7 @@ def common_lrs(by_seed):
 
 
 def make_row(runs, label, tested, machine):
-    """The tuned Row of runs with one method and name. Other settings under one name are refused.
-
-    Memory and times in its `costs` are of `machine` alone.
-    """
+    """The tuned Row of runs with one method and name; refuses other settings under that name."""
     first, task, by_seed = runs[0], runs[0].task, {}
     for run in runs:
         by_seed.setdefault(run.seed, {})[run.lr] = run
@@ -147,8 +143,8 @@ def make_row(runs, label, tested, machine):
     mean, half = (np.mean(scores) if picked else math.nan), math.nan
     if len(scores) > 1:
         half = stats.t.ppf(0.975, len(scores) - 1) * stats.sem(scores)
-    left_out = [f"seed {seed} lacks learning rates" for seed in sorted(by_seed.keys() - seeds)]
-    extra = sorted({run.lr for run in runs}.difference(lrs))
+    lost, extra = sorted(by_seed.keys() - seeds), sorted({run.lr for run in runs}.difference(lrs))
+    left_out = [f"seed {seed} lacks learning rates" for seed in lost]
     left_out += [f"learning rate {lr:g} lacks seeds" for lr in extra]
     diverged = {lr: len(seeds) - len(alive[lr]) for lr in lrs}
     left_out += [f"{count} diverged at {lr:g}" for lr, count in diverged.items() if count]
@@ -222,10 +218,7 @@ def weakest(pairs, task):
 
 
 def group_runs(runs):
-    """Lists of comparable runs: scored on the same examples and base, trained on equally much.
-
-    Untrained runs are in every group of their data and base, or alone where there is none.
-    """
+    """Lists of comparable runs; untrained ones are in every group of their data and base."""
     groups = {(run.data_key, run.budget_key): [] for run in runs if not run.untrained}
     trained = {data_key for data_key, _ in groups}
     groups |= {(run.data_key, ""): [] for run in runs if run.data_key not in trained}

@@ -19,16 +19,14 @@ best learning rate, where a method ran it. *minus LoRA* is the mean difference o
 both methods ran. Its 95 % interval includes two variances: training again (seeds) and other test
 examples (of running text: groups of neighbors). A score's own interval is over seeds alone.
 
-*Better*: p < 0.05 after Holm's correction for all pairs; p is the larger one of the paired t-test
-over seeds and of the test over both variances. *Equal within the margin*: the 90 % intervals lie
-inside it. *Undecided*: neither. At most 5 % of studies call a method better if none differ, and
-at most 5 % of pairs that differ by the margin are called equal. Both hold for roughly normal
-variation over seeds: a method that failed at one seed in twenty was called equal in 74 % of
-studies, so seeds that fall far out are named. Other pairs have an interval and no verdict.
+*Better*: p < 0.05 after Holm's correction; p is the larger one of the paired t-test over seeds and
+the test over both variances. *Equal*: the 90 % intervals lie inside the margin. *Undecided*:
+neither. If no methods differ, at most 5 % of studies call one better; if a pair differs by the
+margin, at most 5 % call it equal. Both hold for roughly normal variation over seeds: a method that
+failed at one seed in twenty was called equal in 74 % of studies, so seeds far out are named.
 
 Memory is counted: live tensors at the peak of a training step on the largest batch. Memory and
-times are of one machine, that of most runs; where a picked run was on another or was not measured,
-they are of another run of its seed. Times are of runs with --timing; a shared machine drifts.
+times are of the machine of most runs, in part of other runs of a seed. A shared machine drifts.
 
 </details>
 """
@@ -125,9 +123,9 @@ def runs(group):
     run, hours = group.runs[0], sum(run.seconds for run in group.runs) / 3600
     sizes = ", ".join(f"{count:,} {split}" for split, count in run.sizes.items())
     said = f"{len(group.runs):,} runs, {hours:.1f} hours of training; examples: {sizes}.\n\n"
-    places = Counter(f"{run.machine}, commit {run.commit}" for run in group.runs)
-    places = "\n".join(f"- {count} runs on {escaped(x, 200)}" for x, count in places.most_common())
-    return f"{said}{markdown(tables.settings_table(group))}\n\n{places}"
+    machines = Counter(run.machine for run in group.runs).most_common()
+    machines = "; ".join(f"{count} runs on {escaped(machine, 100)}" for machine, count in machines)
+    return f"{said}{markdown(tables.settings_table(group))}\n\n{machines}."
 
 
 def next_block(group):
@@ -208,7 +206,7 @@ def fill(files, groups):
     """Renew what is between <!-- NAME --> and <!-- /NAME --> in other pages; NAME is in SECTIONS.
 
     It holds all groups on real data, or with <!-- NAME sst2 --> those of that data set. A block
-    without results and the line ends stay as they are.
+    without results and the line ends stay.
     """
 
     def renew(match):

@@ -178,13 +178,12 @@ def memory(group, path):
 
 def draw(groups, folder):
     """Each group's plots, where there is something to draw: [[(file, words)] per group]."""
-    used, drawn = set(), []
+    used, drawn = [], []
     for run, group in ((group.runs[0], group) for group in groups):
         stem = re.sub(r"[^a-z0-9.]+", "-", f"{run.dataset}-{run.model}".lower())[:100]
         names = [stem, *(f"{stem}-{number}" for number in range(2, len(groups) + 1))]
-        stem = next(name for name in names if name not in used)  # of data and base trained twice
-        used.add(stem)
-        files = {f"{stem}-{plot.__name__}.png": plot for plot in (forest, lr, memory)}
+        used.append(next(name for name in names if name not in used))
+        files = {f"{used[-1]}-{plot.__name__}.png": plot for plot in (forest, lr, memory)}
         own = [(file, plot(group, folder / file)) for file, plot in files.items()]
         drawn.append([(file, words) for file, words in own if words])
     return drawn

@@ -1,7 +1,7 @@
-"""Result files in, runs out: each usable result once, and one line for each text that is none.
+"""Result files in, runs out, with every field checked, so that nothing later fails on it.
 
-Every field of a run is checked here, so that nothing later fails on it. On the scale of comparison
-a difference of 1 is about 1 percent: percent of right answers, or 100·ln(perplexity).
+On the scale of comparison a difference of 1 is about 1 percent: it is the percentage of right
+answers, or 100·ln(perplexity).
 """
 
 import base64
@@ -18,16 +18,9 @@ import numpy as np
 from harness.process import fail, first_line
 from harness.text import printable
 
-METHODS = {  # in the order of every table
-    "head_only": "Head only",
-    "full": "Full fine-tuning",
-    "lora": "LoRA",
-    "qlora": "QLoRA",
-    "hira": "HiRA",
-    "sparse_lora": "Sparse LoRA",
-    "contextual_lora": "Contextual LoRA",
-    "hybrid": "QHiRA",
-}
+METHODS = {"head_only": "Head only", "full": "Full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}
+METHODS |= {"hira": "HiRA", "sparse_lora": "Sparse LoRA", "contextual_lora": "Contextual LoRA"}
+METHODS |= {"hybrid": "QHiRA"}  # in the order of every table
 TESTED = ("lora", "qlora", "hira", "sparse_lora")
 PARENTS = {"QHiRA": ("QLoRA", "HiRA"), "Sparse QLoRA": ("QLoRA", "Contextual LoRA")}
 DATASETS = {"sst2": "SST-2", "imdb": "IMDB", "wikitext2": "WikiText-2"}
@@ -75,7 +68,6 @@ class Run:
     costs: dict  # {dotted path in the result: number}, scores too; times if inference was timed
     machine: str  # the device's name, torch and transformers
     bf16: bool
-    commit: str
 
 
 @dataclass(eq=False)
@@ -142,9 +134,8 @@ def shown(value):
 
 
 def tested_runs(runs):
-    """Of runs that stand for rows, the tested ones: one of each of the four methods, if possible.
-
-    They share the adapter's settings that most methods have; the default name comes first.
+    """One run of each tested method, of runs that stand for rows: those that share the adapter's
+    settings that most methods have, the default name first.
     """
     runs = [run for run in runs if run.method in TESTED and not run.untrained]
     keys, variants = ADAPTER.intersection(*(run.settings for run in runs)), {}
@@ -155,10 +146,8 @@ def tested_runs(runs):
 
 
 def label_rows(runs, reference):
-    """{run: label} of runs that stand for rows: the method, and what is different.
-
-    That is the settings in which it differs from its kind's reference; and its name, where it is
-    the user's own or nothing else tells two rows apart.
+    """{run: label} of runs that stand for rows: the method; the settings that are not those of its
+    kind's reference; and the name, where it is the user's own or nothing else tells rows apart.
     """
     labels, counts = {}, Counter()
     for run in runs:
@@ -256,11 +245,10 @@ def read_costs(r):
 
 
 def example_values(examples, count):
-    """What each of `count` test examples says of a run's score: (count,), whose mean is the score.
+    """(count,) values of the test examples, whose mean is the score on the scale of comparison.
 
-    Accuracy: 100 for a right answer, 0 for a wrong one. Perplexity: 100·ln is a ratio of sums,
-    100·Σ nll / Σ scored; a block's value is that ratio and the block's part of its first-order
-    error (linearized ratio estimator; Cochran 1977, chapter 6).
+    Right answers are 100, wrong ones 0. Of a perplexity the score is 100·Σ nll / Σ scored, and a
+    block's value is that plus its part of the error (linearized ratio; Cochran 1977, chapter 6).
     """
     if "correct" in examples:
         bits = np.frombuffer(base64.b64decode(examples["correct"]), np.uint8)
@@ -335,7 +323,7 @@ def read_run(text, file="", path=Path()):
     fields |= {"costs": costs, "seconds": number(r.get("time", {}).get("train_seconds", 0))}
     fields |= {"bf16": "bf16" in (environment.get("precision"), settings.get("precision"))}
     fields |= {"machine": ", ".join([device.removeprefix("cuda "), *versions])}
-    return Run(**fields, commit=printable(environment.get("commit"))[:12])
+    return Run(**fields)
 
 
 def load(paths, price=None):
@@ -379,17 +367,14 @@ def load(paths, price=None):
             print(f"compare.py: skipped {folder}/{skipped[-1]}", file=sys.stderr)
     if not runs:
         fail(f"no usable result in {', '.join(map(str, paths))}; `python lora.py` makes one")
-    if price and not any("time.cost" in run.costs for run in runs.values()):
-        print("compare.py: --price: no run here was timed on a GPU", file=sys.stderr)
     return list(runs.values()), skipped
 
 
 def mean_costs(picked, runs, machine):
     """{dotted path: mean over the runs that have it} of the picked runs' scores and costs.
 
-    Memory and times are of runs on `machine`, that of most runs of the group, as a CPU takes a
-    batch in smaller parts: at each seed of the picked run, or where that ran elsewhere or has no
-    costs, of another of `runs`. A row that never ran on it has none.
+    Memory and times are of runs on `machine`, as a CPU takes a batch in smaller parts: at each seed
+    of the picked run, or where that ran elsewhere or was not measured, of another of `runs`.
     """
     seeds, values = {run.seed for run in picked}, {}
     measured = [run for run in [*runs, *picked] if run.machine == machine and run.seed in seeds]

@@ -93,9 +93,8 @@ def verdicts(group):
 
 def versus_lora(group):
     """How the other tested methods compare with LoRA, as the title of a plot."""
-    words = {"better": "better than LoRA", "worse": "worse than LoRA"}
-    words |= {"equal": f"within {amount(group, f'{group.margin:g}')} of LoRA"}
-    words |= {"undecided": "undecided"}
+    words, near = {"better": "better than LoRA", "worse": "worse than LoRA"}, f"{group.margin:g}"
+    words |= {"equal": f"within {amount(group, near)} of LoRA", "undecided": "undecided"}
     labels = {verdict: [] for verdict in [*words, "none"]}
     for pair in (pair for pair in group.pairs if group.lora and pair.a == group.lora.label):
         worse = pair.verdict == "better" and pair.ahead == pair.a

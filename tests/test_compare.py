@@ -17,7 +17,14 @@ import compare
 from report import results, tables
 
 METHODS = ("lora", "qlora", "hira", "sparse_lora")
-PARTS = ("frozen weights", "trained weights", "optimizer", "gradients", "activations")
+PARTS = (
+    "frozen weights",
+    "trained weights",
+    "optimizer",
+    "gradients",
+    "activations",
+    "temporaries",
+)
 
 
 def make_result(
@@ -54,66 +61,33 @@ def make_result(
     flags = {"epochs": 0 if untrained else 1, "max_steps": None, "batch_size": 32, "grad_accum": 1}
     flags |= {"head_lr": 0.01, "max_length": 128, "rank": 8, "weight_decay": 0.0}
     flags |= {"targets": None, "precision": "auto"}
-    memory = {
-        part: peak * 2**20 * x / 8 for part, x in zip(PARTS, (4, 0.5, 1, 0.5, 1), strict=True)
-    }
-    memory["temporaries"] = peak * 2**20 / 8
+    data = {"task": task, "test_split": "test", "train": 8000, "dev": 500, "test": size}
+    data |= {"train_sha256": f"train {seed}", "dev_sha256": f"dev {seed}", "test_sha256": "test"}
+    sizes = dict(zip(PARTS, (4, 0.5, 1, 0.5, 1, 1), strict=True))
+    memory = {part: peak * 2**20 * x / 8 for part, x in sizes.items()}
     speed = {"latency_ms": {"mean": 10.0, "p50": 10.0, "p95": 11.0}, "samples_per_second": 320.0}
-    states = {"base": speed, "merged": speed, "unmerged": speed}
-    metrics = {"test": {metric: score, "loss": 0.4}, "dev": {metric: dev, "loss": 0.4}}
-    return {
-        "schema": 3,
-        "method": method,
-        "name": name or method,
-        "dataset": dataset,
-        "model": "models/MiniLM",
-        "lr": lr,
-        "seed": seed,
-        "untrained": untrained,
+    timing = {"batch": 32, "length": 64, "base": speed, "merged": speed, "unmerged": speed}
+    time = {"train_seconds": 60.0, "epoch_seconds": [19.0, 21.0, 20.0]}
+    environment = {"device": device, "cpu": "EPYC", "processes": 1, "precision": "fp32"}
+    allocator = 333 * 2**20 if "cuda" in device else None
+    result = {"schema": 3, "method": method, "name": name or method, "dataset": dataset}
+    result |= {"model": "models/MiniLM", "lr": lr, "seed": seed, "untrained": untrained}
+    return result | {
         "diverged": diverged,
         "settings": flags | (settings or {}),
         "peft": {"target_modules": ["query", "value"]},
-        "data": {
-            "task": task,
-            "test_split": "test",
-            "train": 8000,
-            "dev": 500,
-            "test": size,
-            "official": size,
-            "train_sha256": f"train {seed}",
-            "dev_sha256": f"dev {seed}",
-            "test_sha256": "test",
-        },
+        "data": data,
         "base": {"sha256": "base", "weights": 22_000_000},
-        "metrics": metrics,
+        "metrics": {"test": {metric: score, "loss": 0.4}, "dev": {metric: dev, "loss": 0.4}},
         "test_examples": examples,
         "report": {},
         "parameters": {"adapter": trainable - 770, "head": 770, "trainable": trainable},
-        "time": {
-            "train_seconds": 60.0,
-            "epoch_seconds": [19.0, 21.0, 20.0],
-            "accelerator_hours": 60 / 3600,
-        },
-        "memory": {
-            "train": memory,
-            "train_allocator": 333 * 2**20 if "cuda" in device else None,
-            "inference": dict(memory),
-        },
+        "time": time | {"accelerator_hours": 60 / 3600},
+        "memory": {"train": memory, "train_allocator": allocator, "inference": dict(memory)},
         "flops": {"step": 2e10, "total": 5e12, "inference_example": 5e8},
-        "inference": [{"batch": 32, "length": 64, **states}] if timed else [],
+        "inference": [timing] if timed else [],
         "disk": {"adapter": 300_000, "base": 9e7, "merged": 9e7},
-        "environment": {
-            "device": device,
-            "cpu": "EPYC",
-            "processes": 1,
-            "threads": 1,
-            "torch": "2.8.0",
-            "transformers": "5.0",
-            "bitsandbytes": "0.48",
-            "commit": "0123456789abcdef",
-            "dirty": False,
-            "precision": "fp32",
-        },
+        "environment": environment | {"torch": "2.8.0", "transformers": "5.0"},
         "created": "2026-12-01T00:00:00Z",
     }
 
@@ -295,28 +269,6 @@ def test_no_difference_is_called_better_in_at_most_5_percent_of_studies(seeds, r
     assert better.any(1).mean() <= 0.05 + 2 * (0.05 * 0.95 / 4000) ** 0.5
 
 
-def test_both_intervals_apart_would_not_be_enough():
-    """Why p is not that of the seeds alone with an interval over rows beside it."""
-    y = two_way(np.random.default_rng(0), 4000, 4, 10, 60, 1, 3 * 6**0.5, 0.5)
-    wrong = np.zeros(4000, bool)
-    p = []
-    for a, b in combinations(range(4), 2):
-        d = y[:, a] - y[:, b]
-        p.append(stats.ttest_1samp(d.mean(2), 0, axis=1).pvalue)
-    seeds = np.array([compare.holm(row) for row in np.array(p).T]) < 0.05
-    for i, (a, b) in enumerate(combinations(range(4), 2)):
-        d = (y[:, a] - y[:, b]).mean(1)
-        wrong |= seeds[:, i] & (stats.ttest_1samp(d, 0, axis=1).pvalue < 0.05)
-    assert wrong.mean() > 0.1
-
-
-def test_a_difference_of_2_sd_is_found_in_90_percent_of_studies():
-    y = two_way(np.random.default_rng(0), 4000, 4, 10, 60, 1, 0, 0.1)
-    y[:, 0] += 2
-    better, _ = verdicts_of(y, 1.0)
-    assert better[:, :3].mean() >= 0.9
-
-
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_a_difference_of_the_margin_is_called_equal_in_at_most_5_percent(rows):
     y = two_way(np.random.default_rng(0), 4000, 2, 10, 60, 1, rows * 6**0.5, 0.5)
@@ -345,14 +297,14 @@ def test_neighbors_of_one_article_are_no_independent_examples():
     """Articles that differ: over blocks a difference of nothing is called one far too often."""
     rng, wrong = np.random.default_rng(0), {"blocks": 0, "groups": 0}
     for _ in range(400):
-        articles = np.repeat(rng.normal(0, 0.16, 50), rng.integers(5, 35, 50))
+        articles = np.repeat(rng.normal(0, 0.4, 50), rng.integers(5, 35, 50))
         d = articles + rng.standard_normal((6, 1)) * 0.05 + rng.standard_normal((6, len(articles)))
         groups = compare.group_neighbors(d)
         assert groups.shape == (6, 30) and groups.mean() == pytest.approx(d.mean())
         for key, each in (("blocks", d), ("groups", groups)):
             _, p, _ = compare.judge(each.mean(), compare.squared_errors(each), *each.shape, 1)
             wrong[key] += p < 0.05
-    assert wrong["groups"] / 400 < 0.1 and wrong["blocks"] / 400 > 0.2
+    assert wrong["groups"] / 400 < 0.12 and wrong["blocks"] / 400 > 0.25
     assert (compare.group_neighbors(d[:, :7]) == d[:, :7]).all()
 
 
@@ -806,13 +758,6 @@ def test_one_run_with_two_scores_is_refused_with_both_paths_and_dates(split, tmp
         assert words in error, words
 
 
-def test_only_the_folder_itself_is_read(tmp_path):
-    write(tmp_path, make_result("lora", 0))
-    write(tmp_path / "deeper", make_result("lora", 1))
-    (tmp_path / "notes.txt").write_text("{}")
-    assert len(results.load([tmp_path])[0]) == 1
-
-
 @pytest.mark.parametrize("path", ["nowhere", "empty"])
 def test_nothing_to_read_is_one_line(tmp_path, path, capsys):
     (tmp_path / "empty").mkdir()
@@ -824,13 +769,6 @@ def test_nothing_to_read_is_one_line(tmp_path, path, capsys):
 def test_a_margin_or_price_that_is_none_is_one_line(tmp_path, flag, value, capsys):
     write(tmp_path, make_result())
     assert flag in refused(capsys, tmp_path, flag, value)
-
-
-@pytest.mark.parametrize("device, timed", [("cpu x86_64", True), ("cuda H100", False)])
-def test_a_price_that_no_run_can_have_is_said(device, timed, tmp_path, capsys):
-    write(tmp_path, make_result(device=device, timed=timed))
-    compare.main([str(tmp_path), "--price", "2", "--no_plots"])
-    assert "--price: no run here was timed on a GPU" in capsys.readouterr().err
 
 
 def test_torch_is_not_loaded():

@@ -116,7 +116,7 @@ def test_details_have_every_statistic_lr_cost_setting_and_commit(study, tmp_path
     assert lines["LoRA rank 32 − LoRA"][-4:] == ["–", "–", "–", "– |"]
     for words in ("0.002: 82.00 (8 ×)", "memory: train frozen weights, MiB | 100", "head_lr"):
         assert words in text, words
-    assert "- 120 runs on cpu, torch 2.8, transformers 5.0, commit 0123456789ab" in text
+    assert "\n120 runs on cpu, torch 2.8, transformers 5.0.\n" in text
     assert "120 runs, 2.0 hours of training; examples: 8,000 train, 500 dev, 1,000 test." in text
 
 
