@@ -31,9 +31,11 @@ times are of the machine of most runs, in part of other runs of a seed. A shared
 </details>
 """
 PIPELINE = """from transformers import pipeline
+
 classify = pipeline("text-classification", "my-model")
 print(classify("a text of your own"))"""
 LANGUAGE_MODEL = """from transformers import AutoTokenizer, {0}
+
 model, tokenizer = (x.from_pretrained("my-model") for x in ({0}, AutoTokenizer))
 print(model(**tokenizer("a text of your own", return_tensors="pt")).logits)"""
 CODE = {"classification": PIPELINE, "mlm": LANGUAGE_MODEL.format("AutoModelForMaskedLM")}
