@@ -120,14 +120,14 @@ def pairs(group):
     return markdown(tables.pair_table([*group.pairs, *others, *group.parents]))
 
 
-def runs(group):
-    """How much was run, with which settings, where."""
+def tuned(group):
+    """Means and settings of the tuned runs, how much was run, and where."""
     run, hours = group.runs[0], sum(run.seconds for run in group.runs) / 3600
     sizes = ", ".join(f"{count:,} {split}" for split, count in run.sizes.items())
-    said = f"{len(group.runs):,} runs, {hours:.1f} hours of training; examples: {sizes}.\n\n"
+    said = f"{len(group.runs):,} runs, {hours:.1f} hours of training; examples: {sizes}"
     machines = Counter(run.machine for run in group.runs).most_common()
     machines = "; ".join(f"{count} runs on {escaped(machine, 100)}" for machine, count in machines)
-    return f"{said}{markdown(tables.settings_table(group))}\n\n{machines}."
+    return f"{markdown(tables.means_table(group))}\n\n{said}. {machines}."
 
 
 def next_block(group):
@@ -146,8 +146,7 @@ SECTIONS = {  # blocks of other pages, by the name in their marks
 FOLDED = {  # below the plots
     "Dev score at each learning rate": lambda group: markdown(tables.lr_table(group)),
     "Every pair": pairs,
-    "Scores and costs of the tuned runs": lambda group: markdown(tables.means_table(group)),
-    "Runs and settings": runs,
+    "Scores, costs and settings of the tuned runs": tuned,
 }
 NAMES = "|".join(SECTIONS)
 MARK = re.compile(rf"(<!-- ({NAMES})(?: (\S+))? -->(\r?\n)).*?(<!-- /\2 -->)", re.DOTALL)
@@ -200,7 +199,9 @@ def terminal(groups, path):
         parts += [f"== {group.title}", said, tables.plain(tables.main_table(group))]
         said, command, code = next_step(group)
         if said:
-            steps.append("\n".join([f"What to do next, {group.title}:", *said, command, code]))
+            steps.append(
+                "\n".join([f"What to do next, {group.title}:", *said, "", command, "", code])
+            )
     return "\n\n".join([*parts, f"The whole page: {path}", *steps])
 
 

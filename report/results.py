@@ -339,7 +339,10 @@ def load(paths, price=None):
             fail(f"{path}: no such file or folder; `python lora.py` writes into results/")
         inside = [file for end in ("*.json", "*.jsonl") for file in path.glob(end)]
         for file in inside if path.is_dir() else [path]:
-            whole = file.read_bytes() if file.is_file() else b""  # a FIFO would never end
+            try:
+                whole = file.read_bytes() if file.is_file() else b""  # a FIFO would never end
+            except OSError:
+                whole = b""
             lines = whole.splitlines() if file.suffix == ".jsonl" else []
             lines = [(f"{file.name}:{i + 1}", line) for i, line in enumerate(lines) if line.strip()]
             texts += [(name, text, file) for name, text in lines or [(file.name, whole)]]

@@ -179,7 +179,7 @@ def main_costs(row):
 
 
 def means_table(group):
-    """Means over the tuned runs of all that was measured: a line per number, a column per row."""
+    """Means of all that was measured in the tuned runs, and settings: a column per row."""
     table = []
     for path in dict.fromkeys(path for row in group.rows for path in row.costs):
         kind, *parts = path.replace("_", " ").split(".")
@@ -190,6 +190,9 @@ def means_table(group):
                 x = row.costs.get(path, math.nan) * factor
                 cells[row.label] = number(x, ",.0f" if abs(x) >= 1000 else ".4g")
             table.append(cells)
+    for key in sorted({key for row in group.rows for key in row.run.settings}):
+        cells = {row.label: shown(row.run.settings.get(key, "")) for row in group.rows}
+        table.append({"mean": printable(f"--{key}")} | cells)
     return table
 
 
@@ -216,14 +219,6 @@ def pair_table(pairs):
             cells[f"p, {head}"] = number(p, ".2g") if pair.verdict else ""
         better = f"{pair.ahead} better"
         table.append(cells | {"verdict": better if pair.verdict == "better" else pair.verdict})
-    return table
-
-
-def settings_table(group):
-    """The settings of each row."""
-    keys, table = sorted({key for row in group.rows for key in row.run.settings}), []
-    for row in group.rows:
-        table.append({"setting": row.label} | {k: shown(row.run.settings.get(k, "")) for k in keys})
     return table
 
 

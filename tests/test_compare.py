@@ -205,13 +205,6 @@ def test_where_rows_do_not_matter_the_test_is_the_paired_t_test():
     assert (d.mean() - half, d.mean() + half) == pytest.approx(expected)
 
 
-def test_where_seeds_do_not_matter_the_test_is_that_over_rows():
-    rows = np.random.default_rng(0).normal(0.3, 1, 50)
-    d = np.repeat(rows[None], 6, 0)
-    _, p, _ = compare.judge(d.mean(), compare.squared_errors(d), 6, 50, 1)
-    assert p == pytest.approx(stats.ttest_1samp(rows, 0).pvalue)
-
-
 def test_equal_is_two_one_sided_tests_at_5_percent():
     seeds = np.random.default_rng(1).normal(0.2, 0.5, 9)
     d = np.repeat(seeds[:, None], 10, 1)
@@ -251,12 +244,6 @@ def test_perplexity_is_compared_as_a_ratio_with_the_error_of_a_ratio():
     picked = rng.integers(200, size=(4000, 200))
     losses = [run["nll"][picked].sum(1) / scored[picked].sum(1) for run in runs]
     assert stats.sem(a - b) == pytest.approx(np.std(100 * (losses[0] - losses[1])), rel=0.05)
-
-
-def test_a_margin_of_2_percent_is_a_ratio_of_1_02():
-    assert results.margin_on_scale(2, "clm") == pytest.approx(100 * math.log(1.02))
-    assert results.in_units(results.margin_on_scale(2, "clm"), "clm") == pytest.approx(2)
-    assert results.margin_on_scale(1, "classification") == 1
 
 
 @pytest.mark.parametrize("rows", [0, 1, 3], ids=lambda x: f"rows' noise {x} times the seeds'")
@@ -379,13 +366,6 @@ def test_verdicts_better_equal_undecided(tmp_path):
         assert pair.p_seeds == pytest.approx(stats.ttest_1samp(d, 0).pvalue)
         expected = stats.t.interval(0.95, 7, d.mean(), stats.sem(d))
         assert pair.intervals["95 %, seeds"] == pytest.approx(expected)
-
-
-def test_below_six_shared_seeds_there_is_no_verdict(tmp_path):
-    (group,) = judged(tmp_path, *make_study({"lora": 0, "hira": 9}, seeds=5))
-    (pair,) = group.pairs
-    assert pair.verdict == "none" and pair.why.endswith("there are 5")
-    assert group.detectable is None
 
 
 def test_the_detectable_difference_is_that_of_the_least_certain_pair(tmp_path):
@@ -569,6 +549,8 @@ def test_different_numbers_of_learning_rates_have_no_verdict(tmp_path):
     (group,) = judged(tmp_path, *made)
     assert [pair.verdict for pair in group.pairs] == ["equal", "none", "none"]
     assert group.pairs[1].why == "3 and 2 learning rates to choose from"
+    (group,) = judged(tmp_path, *make_study({"lora": 0, "hira": 9}, rates=(1e-3,)))
+    assert said(group, "Not tuned") and group.pairs[0].verdict == "better"
 
 
 def test_choices_at_the_edge_are_a_caution_beyond_a_third_of_the_seeds(tmp_path):
@@ -646,11 +628,6 @@ def test_other_examples_at_a_seed_are_a_caution_and_no_verdict(tmp_path):
     assert group.pairs[0].verdict == "none" and group.detectable is None
 
 
-def test_one_learning_rate_only_is_a_caution(tmp_path):
-    (group,) = judged(tmp_path, *make_study({"lora": 0, "hira": 9}, rates=(1e-3,)))
-    assert said(group, "Not tuned") and group.pairs[0].verdict == "better"
-
-
 # ------------------------------------------------------------------------------------------ files
 
 
@@ -695,11 +672,12 @@ def test_unusable_files_are_skipped_with_a_line_each(tmp_path, capsys):
     for i, text in enumerate(odd.values()):
         (tmp_path / f"odd{i}.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     (tmp_path / "folder.json").mkdir()
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
     os.mkfifo(tmp_path / "pipe.json")
     write(tmp_path, make_result())
     runs, skipped = results.load([tmp_path])
     lines = capsys.readouterr().err.splitlines()
-    assert len(runs) == 1 and len(skipped) == len(lines) == len(odd) + 2
+    assert len(runs) == 1 and len(skipped) == len(lines) == len(odd) + 3
     assert all(any(f"odd{i}.json: " in line for line in lines) for i in range(len(odd)))
     assert not any(word in " ".join(lines) for word in ("object", "int too", "math domain"))
     compare.main([str(tmp_path)])

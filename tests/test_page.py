@@ -114,10 +114,10 @@ def test_details_have_every_statistic_lr_cost_setting_and_commit(study, tmp_path
     lines = {x.split(" | ")[0][2:]: x.split(" | ") for x in pairs.splitlines() if "−" in x}
     assert len(lines) == 7 and lines["LoRA − HiRA"][-1] == "HiRA better |"
     assert lines["LoRA rank 32 − LoRA"][-4:] == ["–", "–", "–", "– |"]
-    for words in ("0.002: 82.00 (8 ×)", "memory: train frozen weights, MiB | 100", "head_lr"):
+    for words in ("0.002: 82.00 (8 ×)", "memory: train frozen weights, MiB | 100", "--rank | 8 "):
         assert words in text, words
-    assert "\n120 runs on cpu, torch 2.8, transformers 5.0.\n" in text
     assert "120 runs, 2.0 hours of training; examples: 8,000 train, 500 dev, 1,000 test." in text
+    assert " 120 runs on cpu, torch 2.8, transformers 5.0.\n" in text
 
 
 def test_demos_are_marked_and_come_last_and_skipped_files_are_named(tmp_path):
