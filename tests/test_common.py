@@ -546,7 +546,7 @@ def test_metrics_against_counting(monkeypatch, labels, predictions, classes):
     assert bits(result["test_examples"]["correct"], n) == hits
 
 
-# ------------------------------------------------------------------- losses that are NaN or infinite
+# ----------------------------------------------------------------- losses that are NaN or infinite
 
 
 @pytest.mark.parametrize("steps", [100, 2])
