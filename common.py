@@ -267,6 +267,7 @@ def train(run, data, base, method):
     """
     place(run, base)
     history, trained, total = History(), trained_tensors(base.model), count_steps(run, data)
+    check_logits(run, data, base, forward)
     if not trained or not total:
         say("nothing is trained: the model is scored as it is")
         return history
@@ -308,13 +309,13 @@ def train(run, data, base, method):
 
 def try_model(run, data, base, method, trained):
     """End the program with one line where the model cannot be trained on these data."""
-    check_logits(run, data, base, forward)
-    place(run, base)  # it was in fp32
+    place(run, base)  # check_logits left it in fp32
     base.model.train()
     trial = f"--model {run.model}: {base.model.config.model_type} cannot be trained"
     with library_errors(f"{trial} in {run.precision}"), explain_out_of_memory(run):
         targets = predicted_tokens(data, data.train, run.seed, 0)
-        gradient(run, data, base, method, torch.tensor([0]), targets, trained)
+        examples = torch.zeros(process_count(), dtype=torch.int64)  # one for each process
+        gradient(run, data, base, method, examples, targets, trained)
     base.model.zero_grad(set_to_none=True)
 
 

@@ -180,8 +180,8 @@ class SparseUp(nn.Module):
         if self.first:
             block.dense, block.shape = step.dense_positions(), x.shape
             if block.picked is None:
-                sample = x.flatten(0, -2)[step.sampled_positions()].to(weight.dtype)
-                with torch.no_grad():
+                with torch.no_grad():  # so that --checkpointing recomputes what autograd saw
+                    sample = x.flatten(0, -2)[step.sampled_positions()].to(weight.dtype)
                     scores = block.score(sample)
                 block.picked = scores.topk(block.keep).indices.sort().values
         x, picked = x.flatten(0, -2), block.picked

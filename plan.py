@@ -28,7 +28,9 @@ def fake_base(run):
     config = load_config(run.model)
     masked = config.model_type in MASKED
     task = "classification" if run.dataset not in TEXT else "mlm" if masked else "clm"
-    config = models.configure(config, run.base_dropout, 0, task == "classification" and ["0", "1"])
+    pad = getattr(config, "pad_token_id", None) or 0  # RoBERTa counts its positions from there
+    classes = ["0", "1"] if task == "classification" else None
+    config = models.configure(config, run.base_dropout, pad, classes)
     model = getattr(transformers, f"AutoModelFor{models.HEADS[task]}").from_config(
         config, dtype=torch.float32
     )

@@ -255,8 +255,9 @@ def longest_input(config, model=None):
     limit = getattr(config, "max_position_embeddings", None)
     limit = limit if isinstance(limit, int) and limit > 0 else 10**9  # XLNet has -1
     for name, module in model.named_modules() if model else []:
-        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx:
-            limit = min(limit, module.num_embeddings - module.padding_idx - 1)
+        pad = module.padding_idx if isinstance(module, nn.Embedding) else None
+        if "position" in name and pad is not None:
+            limit = min(limit, module.num_embeddings - pad - 1)
     return limit
 
 

@@ -26,13 +26,13 @@ def check_logits(run, data, base, forward):
         return forward(base, collate(data, pair, torch.tensor(examples), targets).to(run.device))
 
     base.model.eval()
-    try:
-        base.model.float()
-        with library_errors(f"--model {run.model}: {kind} cannot read {pair.lengths[0]} tokens"):
+    with library_errors(f"--model {run.model}: {kind} cannot read {pair.lengths[0]} tokens"):
+        try:
+            base.model.float()
             alone, together, short, again = logits(0), logits(0, 1), logits(1), logits(0)
-    except torch.OutOfMemoryError:
-        say("not checked: whether logits depend on the batch; the model in fp32 does not fit")
-        return
+        except torch.OutOfMemoryError:
+            say("not checked: whether logits depend on the batch; the model in fp32 does not fit")
+            return
     for how, first, second in (
         ("beside a shorter one", alone, together[:count]),
         ("padded beside a longer one", short, together[count:]),

@@ -27,7 +27,9 @@ def first_line(error):
 
 def is_our_mistake(error):
     """Whether an exception was raised in a line of this repository, not inside a library."""
-    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    frames = traceback.extract_tb(error.__traceback__)
+    # A misspelled attribute of a module or a config: their own __getattr__ raises the error.
+    file = Path([f for f in frames if not f.name.startswith("__getattr")][-1].filename).resolve()
     return ROOT in file.parents and "site-packages" not in file.parts
 
 

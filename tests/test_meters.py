@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 import common
 import lora
-from harness import meters
+from harness import batches, meters
 from harness import models as library
 
 D, H, R = 32, 64, 8  # conftest's tiny models: width, feed-forward width; the default rank
@@ -69,21 +69,20 @@ def test_a_storage_counts_once_until_it_is_freed():
 def test_memory_and_disk_of_a_run(name, models, reviews, tmp_path):
     """Against transformers' own model, 4-bit weights as whole ones. Counting leaves no trace."""
     module, flags = EVERY[name]
-    words = [*rows_flags(models, reviews), *flags, "--weight_decay", 0.1, "--max_steps", 2]
-    run, data, base, method = ready(module, tmp_path, *words)
-    module.train(run, data, base, method)
+    flags = [*rows_flags(models, reviews), *flags, "--weight_decay", 0.1, "--max_steps", 2]
+    run, data, base, method, _ = trained(module, tmp_path, *flags)
     before, random = copy.deepcopy(base.model.state_dict()), torch.get_rng_state()
     memory, after = common.count_memory(run, data, base, method), base.model.state_dict()
     assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
     assert torch.equal(torch.get_rng_state(), random)
     whole = AutoModelForSequenceClassification.from_pretrained(models("distilbert"))
     sizes = {key: tensor.nbytes for key, tensor in whole.named_parameters()}
-    head, info = sum(sizes[key] for key in base.head), method.get("info", dict)()
+    head, report = sum(sizes[key] for key in base.head), method.report()
     frozen = sum(sizes.values()) - head
     adapter = {"head only": 0, "full": frozen}.get(name, 4 * ADAPTER)
     stored = frozen + sum(tensor.nbytes for tensor in whole.buffers())
-    if "bytes_nf4" in info:
-        stored += info["bytes_nf4"] - 4 * info["weights"]
+    if "bytes_nf4" in report:
+        stored += report["bytes_nf4"] - 4 * report["weights"]
     disk = {"base": stored + head, "merged": (frozen + head) / 2}
     assert meters.count_disk(base, torch.bfloat16) == disk
     count, total = meters.count_parameters(base), frozen + head + (name != "full") * adapter
@@ -98,23 +97,29 @@ def test_memory_and_disk_of_a_run(name, models, reviews, tmp_path):
 
 
 def test_inference_memory_is_of_the_largest_batch(models, reviews, tmp_path, monkeypatch):
-    """Not of the last one, which holds the longest rows but may be all but empty."""
-    words = [*rows_flags(models, reviews), "--max_steps", 1, "--eval_batch_size", 11]
-    run, data, base, method, _ = trained(lora, tmp_path, *words)
-    lengths = data.test.lengths  # 45 rows: the last part has one
-    collate, taken = batches.collate, []
-    monkeypatch.setattr(common, "collate", lambda *a: taken.append(a[2]) or collate(*a))
+    """Not of the last one, which holds the longest examples but may be all but empty."""
+    flags = [*rows_flags(models, reviews), "--eval_batch_size", 11]
+    run, data, base, method = ready(lora, tmp_path, *flags)
+    lengths = data.test.lengths  # 45 examples: the last part has one
+    collate, test = batches.collate, []
+
+    def collating(data, split, examples, targets):
+        if split is data.test:
+            test.append(len(examples) * int(lengths[examples].max()))
+        return collate(data, split, examples, targets)
+
+    monkeypatch.setattr(common, "collate", collating)
     common.count_memory(run, data, base, method)
-    sizes = [len(rows) * int(lengths[rows].max()) for rows in batches.scoring_parts(lengths, run)]
-    assert len(taken[-1]) * int(lengths[taken[-1]].max()) == max(sizes) > sizes[-1]
+    sizes = [len(part) * int(lengths[part].max()) for part in batches.scoring_parts(run, lengths)]
+    assert test == [max(sizes)] and max(sizes) > sizes[-1]
 
 
 # --------------------------------------------------------------------- floating-point operations
 #
-# B rows of L tokens, T = B·L. A product of (m, k) and (k, n) is 2·m·k·n operations. A block: q, k,
-# v and out are (T, D)·(D, D); L×L scores a row, over all heads together of width D, and as many
-# products with the values; feed-forward (T, D)·(D, H) and (T, H)·(H, D), in the last block of B
-# rows, as CLS alone is read.
+# B examples of L tokens, T = B·L. A product of (m, k) and (k, n) is 2·m·k·n operations. A block: q,
+# k, v and out are (T, D)·(D, D); L×L scores an example, over all heads together of width D, and
+# equally many products with the values; feed-forward (T, D)·(D, H) and (T, H)·(H, D), in the last
+# block of B tokens, as [CLS] alone is used.
 #
 # Backward: of y = x·Wᵀ a step may need dx = δ·W, if something trained lies before x, and dW = δᵀ·x,
 # if W is trained; each costs what the forward product costs. A frozen W saves dW and no more: full
@@ -149,9 +154,9 @@ def formula(name, n, B, L, D=D, H=H):
 def test_flops_against_closed_formulas(name, layers, models, reviews, tmp_path):
     """One padded batch, and one of inference: to the last product."""
     module, flags = EVERY[name]
-    words = ["--model", models("distilbert", n_layers=layers), "--test_samples", 5, *flags]
-    run, data, base, _ = ready(module, tmp_path, *rows_flags(models, reviews), *words)
-    counts = common.count_flops(base, data, run, [[torch.arange(4)]])
+    flags = ["--model", models("distilbert", n_layers=layers), "--test_samples", 5, *flags]
+    run, data, base, method = ready(module, tmp_path, *rows_flags(models, reviews), *flags)
+    counts = common.count_flops(run, data, base, method, [[torch.arange(4)]])
     step = formula(name, layers, 4, int(data.train.lengths[:4].max()))[0]
     inference = formula(name, layers, 5, int(data.test.lengths.max()))[1]
     assert [*counts.values()] == pytest.approx([step, step, inference / 5], rel=1e-9)
@@ -163,30 +168,30 @@ def test_flops_against_closed_formulas(name, layers, models, reviews, tmp_path):
 @pytest.mark.parametrize("task", [0, 1])
 @pytest.mark.parametrize("name", ["full", "lora", "hira", "qlora", "contextual"])
 def test_fitted_flops_against_counting_all(name, task, models, reviews, text_dir, tmp_path):
-    """Four passes stand for all, to 2 % or better: rows of many lengths, padded, in parts."""
+    """Four passes stand for all, to 2 % or better: examples of many lengths, padded, in parts."""
     module, flags = EVERY[name]
-    words = text_flags(models, text_dir) if task else rows_flags(models, reviews)
-    words = [*words, *flags, "--batch_size", 5, "--grad_accum", 2, "--eval_batch_size", 3]
-    run, data, base, method = ready(module, tmp_path, *words)
-    method.get("after_step", lambda *_: None)(9, 10, 0.0)  # past contextual's dense steps
-    steps, trained = (
-        batches.length_grouped_batches(data.train.lengths, 10, 0, 0),
-        common.trained_tensors(base.model),
-    )
-    counts = common.count_flops(base, data, run, batches.steps_of(data, run, len(steps)))
+    flags = [*(text_flags(models, text_dir) if task else rows_flags(models, reviews)), *flags]
+    flags += ["--batch_size", 5, "--grad_accum", 2, "--eval_batch_size", 3]
+    run, data, base, method = ready(module, tmp_path, *flags)
+    steps = batches.length_grouped_batches(data.train.lengths, 10, 0, 0)
+    parts = batches.steps_of(run, data, method, len(steps))
+    counts = common.count_flops(run, data, base, method, parts)
     base.model.train().set_attn_implementation("eager")
     near = 0.02 if task or name in ("hira", "contextual") else 1e-9  # where all is in the prices
-    targets = batches.predicted_tokens(data, data.train, 0, 0)
+    targets, trained = (
+        batches.predicted_tokens(data, data.train, 0, 0),
+        common.trained_tensors(base.model),
+    )
     with FlopCounterMode(display=False) as counter:
-        for rows in steps:
-            common.gradient(base, data, run, rows, targets, trained)
+        for examples in steps:
+            method.before_step(99, 100)  # past contextual LoRA's dense steps
+            common.gradient(run, data, base, method, examples, targets, trained)
     assert len(steps) > 3 and counts["step"] == counts["total"] / len(steps)
     assert counts["total"] == pytest.approx(counter.get_total_flops(), near)
     with FlopCounterMode(display=False) as counter:
-        common.score(run, data, base, data.test, run, "test")
-    assert counts["inference_example"] * data.official == pytest.approx(
-        counter.get_total_flops(), near
-    )
+        common.score(run, data, base, data.test, "test")
+    inference = counts["inference_example"] * data.official
+    assert inference == pytest.approx(counter.get_total_flops(), near)
 
 
 def test_passes_of_one_price_are_run_once(models):
@@ -212,9 +217,9 @@ def test_passes_of_one_price_are_run_once(models):
 
 def test_tied_embeddings_count_once(models, text_dir, tmp_path):
     base = ready(lora, tmp_path, *text_flags(models, text_dir))[2]
-    every = [(tensor.data_ptr(), tensor.numel()) for tensor in base.model.state_dict().values()]
-    once = sum(dict(every).values())
-    assert sum(size for _, size in every) - once == SIZE * D
+    sizes = [(tensor.data_ptr(), tensor.numel()) for tensor in base.model.state_dict().values()]
+    once = sum(dict(sizes).values())
+    assert sum(size for _, size in sizes) - once == SIZE * D
     assert meters.count_parameters(base)["total"] == base.weights + ADAPTER == once
 
 
@@ -226,22 +231,28 @@ def clock(monkeypatch):
 
 
 def test_only_steps_are_on_the_clock(clock, models, reviews, tmp_path, monkeypatch):
-    """A second a step, hours of all else; rates are of the rows and tokens that the model saw."""
-    given, functions = [], {"gradient": 1, "collate": 0, "order": 7000, "save_checkpoint": 7000}
-    functions |= dict.fromkeys(["predicted_tokens", "score", "log_losses", "count_flops"], 7000)
+    """A second a step, hours of all else; speeds are of what the model saw, without padding."""
+    trial, made = common.try_model, []
 
     def slow(function, seconds, *args):
         clock.seconds += seconds
-        given.append(function(*args))
-        return given[-1]
+        made.append(function(*args))
+        return made[-1]
 
-    for name, seconds in functions.items():
-        monkeypatch.setattr(common, name, partial(slow, getattr(common, name), seconds))
-    words = [*rows_flags(models, reviews), "--epochs", 3, "--batch_size", 16, "--save_every", 2]
-    times = result_of(lora, tmp_path, *words)[0]["time"]
+    for module, name, seconds in (
+        (common, "gradient", 1),
+        (common, "collate", 0),
+        *((common, name, 7000) for name in ("save_checkpoint", "score", "log_losses")),
+        *((common, name, 7000) for name in ("predicted_tokens", "count_flops")),
+        *((batches, name, 7000) for name in ("predicted_tokens", "length_grouped_batches")),
+    ):
+        monkeypatch.setattr(module, name, partial(slow, getattr(module, name), seconds))
+    monkeypatch.setattr(common, "try_model", lambda *args: (trial(*args), made.clear()))
+    flags = [*rows_flags(models, reviews), "--epochs", 3, "--batch_size", 16, "--save_every", 2]
+    times = result_of(lora, tmp_path, *flags)[0]["time"]
     assert times["train_seconds"] == 21 and times["epoch_seconds"] == [7, 7, 7]
     assert times["step_ms"] == {"median": 1000, "p10": 1000, "p90": 1000}
-    seen = [part for part in given if isinstance(part, batches.Batch)][1:22]  # the first is a trial
+    seen = [batch for batch in made if isinstance(batch, batches.Batch)][:21]
     assert times["samples_per_second"] == sum(len(batch.ids) for batch in seen) / 21
     assert times["tokens_per_second"] == sum(len(batch.token_positions) for batch in seen) / 21
 
@@ -250,16 +261,16 @@ def test_only_steps_are_on_the_clock(clock, models, reviews, tmp_path, monkeypat
 def test_step_statistics_against_numpy(steps, monkeypatch):
     laps = np.random.default_rng(steps).uniform(0.5, 2, steps).tolist()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    found = meters.summarize_time(laps, 25, [(4, 40), (3, 21)] if steps else [])
+    times = meters.summarize_time(laps, 25, [(4, 40), (3, 21)] if steps else [])
     warm = 1000 * np.array(laps[min(10, steps // 5) :] or [0])  # without the first ones
-    assert list(found["step_ms"].values()) == pytest.approx(np.percentile(warm, [50, 10, 90]))
-    assert found["epoch_seconds"] == [sum(laps[i : i + 25]) for i in range(0, steps, 25)]
-    assert found["accelerator_hours"] == pytest.approx(4 * sum(laps) / 3600)
+    assert list(times["step_ms"].values()) == pytest.approx(np.percentile(warm, [50, 10, 90]))
+    assert times["epoch_seconds"] == [sum(laps[i : i + 25]) for i in range(0, steps, 25)]
+    assert times["accelerator_hours"] == pytest.approx(4 * sum(laps) / 3600)
 
 
 @pytest.mark.parametrize("lasting, rounds", [(0.01, 20), (1.0, 3)])
 def test_latency_of_three_states(lasting, rounds, clock, models, reviews, tmp_path, monkeypatch):
-    """In turns; one row and 32, the longest; the base without adapter, merged equal to unmerged."""
+    """In turns; the longest example and the 32 longest; base, merged equal to unmerged."""
     run, data, base, _ = ready(lora, tmp_path, *rows_flags(models, reviews))
     stir(base)
     seen, draw, forward = [], np.random.default_rng(0), common.forward
@@ -269,20 +280,20 @@ def test_latency_of_three_states(lasting, rounds, clock, models, reviews, tmp_pa
         clock.seconds += seen[-1][-1]
 
     monkeypatch.setattr(common, "forward", timed)
-    found = common.time_inference(base, data, run)
+    timings = common.time_inference(run, data, base)
     longest, half = data.test.lengths.sort(descending=True).values, 6 * rounds
-    for each, part, rows in zip(found, (seen[:half], seen[half:]), (1, 32), strict=True):
-        own, batch, _ = part[-1]
-        sizes = each["batch"], each["length"], len(batch.token_positions)
-        assert sizes == (rows, longest[0], longest[:rows].sum())
+    for timing, passes, n in zip(timings, (seen[:half], seen[half:]), (1, 32), strict=True):
+        adapted, batch, _ = passes[-1]
+        sizes = timing["batch"], timing["length"], len(batch.token_positions)
+        assert sizes == (n, longest[0], longest[:n].sum())
         with torch.no_grad(), library.as_plain_linears(base.model, False, torch.float32):
             plain = forward(base, batch)
-        assert not torch.allclose(plain, own, atol=1e-3)
+        assert not torch.allclose(plain, adapted, atol=1e-3)
         for i, name in enumerate(("base", "merged", "unmerged")):
-            turns = [*zip(part[2 * i :: 6], part[2 * i + 1 :: 6], strict=True)]
-            logits = torch.stack([pass_[0] for turn in turns for pass_ in turn])
-            assert (logits - (own if i else plain)).abs().max() < 1e-5
+            turns = [*zip(passes[2 * i :: 6], passes[2 * i + 1 :: 6], strict=True)]
+            logits = torch.stack([once[0] for turn in turns for once in turn])
+            assert (logits - (adapted if i else plain)).abs().max() < 1e-5
             ms = 1000 * np.array([second[-1] for _, second in turns])  # the first warms up
-            wanted = [ms.mean(), *np.quantile(ms, [0.5, 0.95]), 1000 * rows / np.median(ms)]
-            timed = [*each[name]["latency_ms"].values(), each[name]["samples_per_second"]]
-            assert timed == pytest.approx(wanted)
+            wanted = [ms.mean(), *np.quantile(ms, [0.5, 0.95]), 1000 * n / np.median(ms)]
+            measured = [*timing[name]["latency_ms"].values(), timing[name]["samples_per_second"]]
+            assert measured == pytest.approx(wanted)
