@@ -24,13 +24,14 @@ import gc, json, os, runpy, sys
 sys.path.insert(0, {root!r})
 import common
 gc.freeze()
-rank, log, jobs = int(os.environ["RANK"]), [], json.load(open({jobs!r}))
+rank, logs, jobs = int(os.environ["RANK"]), {{}}, json.load(open({folder!r} + "/jobs.json"))
 collate, gradient, trial = common.collate, common.gradient, common.try_model
 
 def watch(event, args):
     modes = os.O_WRONLY | os.O_RDWR | os.O_CREAT
     writes = event == "open" and isinstance(args[2], int) and args[2] & modes
-    if (writes or event in ("os.mkdir", "os.rename", "os.remove")) and {out!r} in str(args[0]):
+    writes = writes or event in ("os.mkdir", "os.rename", "os.remove")
+    if writes and {folder!r} + "/out" in str(args[0]):
         log.append(["write", str(args[0])])
 
 def collating(data, split, examples, targets):
@@ -62,9 +63,9 @@ common.collate, common.gradient, common.measure = collating, stopping, quietly
 common.try_model = trying
 for job in jobs:
     if "dies" in job:  # the last one: what came before it is kept
-        with open({log!r} + str(rank), "w") as file:
-            file.write(json.dumps(log))
-    log.append(["job", job["name"]])
+        with open({folder!r} + "/log" + str(rank), "w") as file:
+            file.write(json.dumps(logs))
+    log = logs.setdefault(job["name"], [])
     steps, sys.argv = [0], job["argv"]
     try:
         runpy.run_path(os.path.join({root!r}, job["argv"][0]), run_name="__main__")
@@ -138,20 +139,10 @@ def both(models, reviews, text_dir, tmp_path_factory):
     jobs[-1]["argv"][-1] = str(folder / "dead")
     (folder / "jobs.json").write_text(json.dumps(jobs))
     (folder / "unreached.py").write_text(UNREACHED)
-    paths = {"jobs": folder / "jobs.json", "out": folder / "out", "log": folder / "log"}
-    paths = {name: str(path) for name, path in paths.items()}
-    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), **paths))
+    (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), folder=str(folder)))
     done = launch(folder / "driver.py")
     assert (folder / "log0").exists() and (folder / "log1").exists(), done.stderr[-3000:]
-    logs = []
-    for rank in (0, 1):
-        by_job = {}
-        for kind, value in json.loads((folder / f"log{rank}").read_text()):
-            if kind == "job":
-                current = by_job.setdefault(value, [])
-            else:
-                current.append((kind, value))
-        logs.append(by_job)
+    logs = [json.loads((folder / f"log{rank}").read_text()) for rank in (0, 1)]
 
     @functools.cache
     def alone(name):
@@ -230,11 +221,8 @@ def test_only_the_first_process_writes(both):
     assert done.stdout.count(": dev ") == runs
     assert "continuing at step 6" in done.stdout
     assert not [path for path in folder.rglob("*") if path.suffix in (".tmp", ".checkpoint")]
-    first, second = (
-        [value for log in logs[rank].values() for kind, value in log if kind == "write"]
-        for rank in (0, 1)
-    )
-    assert len(first) > len(METHODS) and second == []
+    first, second = ([event for job in log.values() for event, _ in job] for log in logs)
+    assert first.count("write") > len(METHODS) and second.count("write") == 0
 
 
 def test_a_process_that_dies_ends_the_job(both):

@@ -98,20 +98,17 @@ def test_memory_and_disk_of_a_run(name, models, reviews, tmp_path):
 
 def test_inference_memory_is_of_the_largest_batch(models, reviews, tmp_path, monkeypatch):
     """Not of the last one, which holds the longest examples but may be all but empty."""
-    flags = [*rows_flags(models, reviews), "--eval_batch_size", 11]
+    flags = [*rows_flags(models, reviews), "--batch_size", 4, "--eval_batch_size", 11]
     run, data, base, method = ready(lora, tmp_path, *flags)
-    lengths = data.test.lengths  # 45 examples: the last part has one
-    collate, test = batches.collate, []
-
-    def collating(data, split, examples, targets):
-        if split is data.test:
-            test.append(len(examples) * int(lengths[examples].max()))
-        return collate(data, split, examples, targets)
-
-    monkeypatch.setattr(common, "collate", collating)
+    lengths = data.test.lengths  # of 45 examples
+    collate, calls = batches.collate, []
+    monkeypatch.setattr(common, "collate", lambda *args: calls.append(args) or collate(*args))
     common.count_memory(run, data, base, method)
-    sizes = [len(part) * int(lengths[part].max()) for part in batches.scoring_parts(run, lengths)]
-    assert test == [max(sizes)] and max(sizes) > sizes[-1]
+    [taken] = [examples for _, split, examples, _ in calls if split is data.test]
+    parts = batches.scoring_parts(run, lengths)
+    assert list(map(len, parts)) == [11, 11, 11, 11, 1]
+    sizes = [len(part) * int(lengths[part].max()) for part in parts]
+    assert len(taken) * int(lengths[taken].max()) == max(sizes) > sizes[-1]
 
 
 # --------------------------------------------------------------------- floating-point operations
@@ -122,16 +119,15 @@ def test_inference_memory_is_of_the_largest_batch(models, reviews, tmp_path, mon
 # block of B tokens, as [CLS] alone is used.
 #
 # Backward: of y = x·Wᵀ a step may need dx = δ·W, if something trained lies before x, and dW = δᵀ·x,
-# if W is trained; each costs what the forward product costs. A frozen W saves dW and no more: full
-# fine-tuning costs three forward passes, and adapters about two. Nothing trained lies before the
-# first block: no dx for its q, k and v, and no dK, as k has no adapter.
+# if W is trained; each costs what the forward product costs. Nothing trained lies before the first
+# block: no dx for its q, k and v, and no dK, as k has no adapter.
 
 
 def product(m, k, n):
     return 2 * m * k * n
 
 
-def formula(name, n, B, L, D=D, H=H):
+def formula(name, n, B, L):
     """Operations of a training pass through n blocks, and of a forward pass alone."""
     T, last, dense = B * L, 2 * product(B, D, H), product(D, R, D)
     linear, scores, wide = product(T, D, D), B * product(L, D, L), product(T, D, H)
@@ -160,9 +156,6 @@ def test_flops_against_closed_formulas(name, layers, models, reviews, tmp_path):
     step = formula(name, layers, 4, int(data.train.lengths[:4].max()))[0]
     inference = formula(name, layers, 5, int(data.test.lengths.max()))[1]
     assert [*counts.values()] == pytest.approx([step, step, inference / 5], rel=1e-9)
-    step, inference = formula(name, 6, 32, 128, 768, 3072)  # DistilBERT's own size
-    times = {"head only": 1.0, "full": 3.0, "hira": 2.16}.get(name, 2.0)
-    assert step / inference == pytest.approx(times, rel=0.03)
 
 
 @pytest.mark.parametrize("task", [0, 1])
@@ -194,25 +187,13 @@ def test_fitted_flops_against_counting_all(name, task, models, reviews, text_dir
     assert inference == pytest.approx(counter.get_total_flops(), near)
 
 
-def test_passes_of_one_price_are_run_once(models):
+def test_passes_of_one_price_are_run_once(monkeypatch):
     """Blocks of one length and a shorter last one, as WikiText-2 has them: two passes run of 40."""
-    model = AutoModelForSequenceClassification.from_pretrained(models("distilbert")).eval()
-    lengths, ran = [16] * 39 + [5], []
-
-    def work(i):
-        ran.append(i)
-        model(input_ids=torch.ones(2, lengths[i], dtype=torch.long))
-
-    counts = []
-    for i in (0, 39):
-        model.set_attn_implementation("eager")
-        with FlopCounterMode(display=False) as counter:
-            work(i)
-        counts.append(counter.get_total_flops())
-    ran.clear()
-    prices = [(2 * length, 2 * length**2, 2) for length in lengths]
-    counted = meters.fitted_flops(model, work, prices)
-    assert sorted(ran) == [0, 39] and counted == pytest.approx(39 * counts[0] + counts[1], 1e-9)
+    prices, ran = [(32, 512, 2)] * 39 + [(10, 50, 2)], []
+    costs = [7 * tokens + 3 * pairs + 11 * outputs for tokens, pairs, outputs in prices]
+    monkeypatch.setattr(meters, "count_flops", lambda model, i: ran.append(i) or costs[i])
+    assert meters.fitted_flops(None, range(40), prices) == pytest.approx(sum(costs), 1e-9)
+    assert sorted(ran) == [0, 39]
 
 
 def test_tied_embeddings_count_once(models, text_dir, tmp_path):

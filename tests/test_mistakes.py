@@ -108,18 +108,15 @@ def test_a_cost_that_a_library_cannot_measure_is_left_out(
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """odd(kind) -> folder of a tiny model whose logits depend on the batch, or that takes 65."""
-    tiny = {key: TINY[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    tiny |= {"num_attention_heads": 4, "intermediate_size": 64, "pad_token_id": 0}
-    xlnet = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "initializer_range": 0.2}
+    size = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "initializer_range": 0.3}
+    size |= {"vocab_size": SIZE, "pad_token_id": 0}
     bird = {"block_size": 4, "num_random_blocks": 1, "attention_type": "block_sparse"}
+    bird |= {"max_position_embeddings": 128, "initializer_range": 0.3}
     configs = {
-        "xlnet": ("XLNetLMHeadModel", {"vocab_size": SIZE, "pad_token_id": 0, **xlnet}),
-        "big_bird": ("BigBirdForMaskedLM", {**tiny, **bird, "initializer_range": 0.3}),
-        "esm": ("EsmForMaskedLM", {**tiny, "mask_token_id": 4, "max_position_embeddings": 66}),
-        "luke": (
-            "LukeForMaskedLM",
-            {**tiny, "max_position_embeddings": 66, "entity_vocab_size": 8, "entity_emb_size": 16},
-        ),
+        "xlnet": ("XLNetLMHeadModel", size),
+        "big_bird": ("BigBirdForMaskedLM", TINY | bird),
+        "esm": ("EsmForMaskedLM", TINY | {"mask_token_id": 4}),
+        "luke": ("LukeForMaskedLM", TINY | {"entity_vocab_size": 8, "entity_emb_size": 16}),
     }
 
     def get(kind):
@@ -173,13 +170,7 @@ def test_a_model_too_large_for_the_look_is_trained_all_the_same(
     models, reviews, tmp_path, monkeypatch, capsys
 ):
     """bf16 may fit into the memory where fp32 does not."""
-    inner, calls = MODEL.forward, []
-    full = planted("raise torch.OutOfMemoryError('CUDA out of memory')")
-
-    def forward(*args, **more):
-        calls.append(1)
-        return (full if len(calls) == 1 else inner)(*args, **more)
-
-    monkeypatch.setattr(MODEL, "forward", forward)
+    inner, calls = MODEL.forward, iter([planted("raise torch.OutOfMemoryError('of CUDA')")])
+    monkeypatch.setattr(MODEL, "forward", lambda *args, **more: next(calls, inner)(*args, **more))
     assert trained(lora, tmp_path, *rows_flags(models, reviews), "--max_steps", 1)[-1].step == 1
     assert "not checked: whether logits depend on the batch" in capsys.readouterr().out

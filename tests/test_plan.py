@@ -8,6 +8,7 @@ from conftest import EVERY, ended, rows_flags, text_flags, trained
 import common
 import lora
 import plan
+from harness import meters
 
 METHODS = [name for name in EVERY if name != "head only"]
 CASES = [*((name, "rows") for name in METHODS), ("lora", "mlm"), ("hira", "clm"), ("qlora", "clm")]
@@ -15,20 +16,15 @@ CASES = [*((name, "rows") for name in METHODS), ("lora", "mlm"), ("hira", "clm")
 
 @pytest.fixture
 def counted(monkeypatch):
-    """What plan measures: {"memory": [...], "operations": [...]}, an entry for each call."""
-    calls = {"memory": [], "operations": []}
-    for name, module, function in (
-        ("memory", plan, "step_memory"),
-        ("operations", plan.meters, "count_flops"),
-    ):
-        inner = getattr(module, function)
+    """What plan measures: ([memory, …], [operations, …]), an entry for each call."""
+    memory, operations = [], []
 
-        def recording(*args, inner=inner, name=name):
-            calls[name].append(inner(*args))
-            return calls[name][-1]
+    def recorded(function, calls):
+        return lambda *args: calls.append(function(*args)) or calls[-1]
 
-        monkeypatch.setattr(module, function, recording)
-    return calls
+    monkeypatch.setattr(plan, "step_memory", recorded(plan.step_memory, memory))
+    monkeypatch.setattr(meters, "count_flops", recorded(meters.count_flops, operations))
+    return memory, operations
 
 
 @pytest.mark.parametrize("name, task", CASES)
@@ -45,11 +41,11 @@ def test_fake_tensors_count_as_real_ones(
     for mode in (plan.FakeTensorMode, lambda **_: contextlib.nullcontext()):
         monkeypatch.setattr(plan, "FakeTensorMode", mode)
         assert module.main([*flags, "--batch_size", 8, *more, "--plan"]) is None
-    fake, real = counted["operations"]
+    memory, (fake, real) = counted
     assert fake == pytest.approx(real) and fake > 0
     # Where transformers cannot look at values it makes a causal mask: much beside a tiny model.
     near = 0.13 if task == "clm" else 0.02
-    fake, real = counted["memory"]
+    fake, real = memory
     for phase in ("train", "inference"):
         assert sum(fake[phase].values()) == pytest.approx(sum(real[phase].values()), rel=near)
 
@@ -60,13 +56,12 @@ def test_plan_is_what_a_run_counts(models, reviews, tmp_path, counted):
     run, data, base, method, _ = trained(lora, tmp_path, *flags)
     memory = common.count_memory(run, data, base, method)
     lora.main([*flags, "--max_length", int(data.train.lengths.max()), "--plan"])
-    planned, real = (sum(each["train"].values()) for each in (counted["memory"][0], memory))
+    planned, real = (sum(each["train"].values()) for each in (counted[0][0], memory))
     assert planned == pytest.approx(real, rel=0.08)  # there examples are padded: the mask counts
 
 
-def test_what_cannot_be_planned_is_one_line(tmp_path, reviews, capfd):
-    flags = ["--dataset", reviews, "--model", str(tmp_path), "--plan"]
-    code, error = ended(capfd, lora, *flags)
+def test_a_folder_without_a_config_is_one_line(tmp_path, reviews, capfd):
+    code, error = ended(capfd, lora, "--dataset", reviews, "--model", str(tmp_path), "--plan")
     assert code == 2 and "no usable config there" in error
 
 
