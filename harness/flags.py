@@ -43,6 +43,8 @@ share = number(float, 0, 1 - 1e-9, "a share from 0 up to, not including, 1")
 
 
 class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and that reads files of flags (@file)."""
+
     def error(self, message):
         fail(f"{message} (--help lists the flags)")
 
