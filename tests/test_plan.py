@@ -66,10 +66,10 @@ def test_a_folder_without_a_config_is_one_line(tmp_path, reviews, capfd):
 
 
 def test_plan_of_a_config_alone(tmp_path, capsys):
-    """No weights, no tokenizer: a 4-layer Llama of 300 million weights, in 4 bits."""
+    """No weights, no tokenizer: a 2-layer Llama of 230 million weights, in 4 bits."""
     from transformers import LlamaConfig
 
-    size = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 4}
+    size = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 2}
     LlamaConfig(**size, num_attention_heads=16, vocab_size=32000).save_pretrained(tmp_path / "m")
     flags = ["--dataset", "wikitext2", "--model", tmp_path / "m", "--max_length", 128]
     flags += ["--batch_size", 1, "--precision", "bf16", "--plan"]
@@ -79,6 +79,6 @@ def test_plan_of_a_config_alone(tmp_path, capsys):
         lines = capsys.readouterr().out.splitlines()
         [line] = [line for line in lines if line.startswith("frozen weights")]
         frozen[name] = float(line.split()[2])
-    blocks, rest = 4 * (4 * 2048**2 + 3 * 2048 * 5504), 2 * 32000 * 2048
+    blocks, rest = 2 * (4 * 2048**2 + 3 * 2048 * 5504), 2 * 32000 * 2048
     assert frozen["lora"] == pytest.approx(2 * (blocks + rest) / 2**30, abs=0.01)
     assert frozen["qlora"] == pytest.approx((blocks * 4.127 / 8 + 2 * rest) / 2**30, abs=0.01)
