@@ -32,7 +32,7 @@ from harness import models
 from harness.export import export
 from harness.flags import adapter_args, parse_args, positive, runs, share
 from harness.models import AdapterLayer, StandIn, compute_dtype, features, weight_of
-from harness.process import choose_device, fail, join_process_group, library_errors, say
+from harness.process import choose_device, fail, join_process_group, say
 from harness.store import load_adapter, save_result
 from plan import plan
 
@@ -253,8 +253,10 @@ def find_optimizer(run):
     if "cuda" not in run.device:
         say("--paged needs CUDA; training with plain AdamW, whose steps are the same")
         return {}
-    with library_errors("--paged: bitsandbytes cannot be imported; leave it out"):
+    try:
         from bitsandbytes.optim import PagedAdamW32bit
+    except (ImportError, RuntimeError, OSError) as error:
+        fail(f"--paged: bitsandbytes cannot be imported; leave it out ({error})")
 
     class ResumedPagedAdamW(PagedAdamW32bit):
         """bitsandbytes 0.50 loads a checkpoint's state into ordinary GPU memory: page it again."""
