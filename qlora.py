@@ -248,10 +248,9 @@ def find_kernel(run):
 
 def find_optimizer(run):
     """The Method's field for bitsandbytes' paged AdamW, with --paged on a GPU; else {}."""
-    if not run.paged:
-        return {}
-    if "cuda" not in run.device:
+    if run.paged and "cuda" not in run.device:
         say("--paged needs CUDA; training with plain AdamW, whose steps are the same")
+    if not run.paged or "cuda" not in run.device:
         return {}
     try:
         from bitsandbytes.optim import PagedAdamW32bit
@@ -285,8 +284,7 @@ def quantize_blocks(run, base):
     # A mixture of experts keeps its experts as parameters of three dimensions, not as layers.
     other = sum(t.numel() for n, t in model.named_parameters() if t.ndim > 2 and n not in base.head)
     if other:
-        percent = 100 * other / (other + weights)
-        say(f"not in NF4: {other:,} weights in no linear layer, {percent:.0f} % of the blocks'")
+        say(f"not in NF4: {other:,} weights outside linear layers beside {weights:,} inside")
     numbers = {"kernel": kernel, "double_quant": not run.no_double_quant, "layers": len(names)}
     numbers |= {"weights": weights, "weights_not_quantized": other, "bytes_nf4": stored}
     numbers["paged"] = run.paged and "cuda" in run.device
