@@ -7,6 +7,8 @@ import torch
 from conftest import EVERY, OWN, oracle, ready
 
 import common
+import qlora
+from harness import batches
 from harness import models as library
 from harness.store import save_adapter
 
@@ -40,7 +42,7 @@ def test_trains_saves_loads_in_peft_and_merges(
         error = capsys.readouterr().err
         assert stop.code == 2 and error.count("\n") == 1 and refusal(kind, method) in error
         return
-    history = module.train(base, data, run, adapted)
+    history = module.train(run, data, base, adapted)
     assert history.step == 4 and torch.tensor([loss for *_, loss in history.curve]).isfinite().all()
     base.model.eval()
     targets = batches.predicted_tokens(data, data.test, "test")
@@ -66,7 +68,7 @@ def in_peft(run, data, base, batch):
     )
     model.config.pad_token_id = data.pad
     for path, module in base.model.named_modules():  # QLoRA's oracle is the dequantized base
-        if hasattr(module, "packed"):
+        if isinstance(module, qlora.NF4Linear):
             layer = model.get_submodule(path.removesuffix(".base"))
             library.weight_of(layer).copy_(module.weight)
     loaded = peft.PeftModel.from_pretrained(model, folder)
