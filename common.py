@@ -133,8 +133,7 @@ class Base:
     weights: int  # how many weights in all, before anything is added
     task: str  # Data.task
     last_block_cut: bool = False  # it computes, after attention, only the tokens that are used
-    # The batch of the latest forward pass. `forward` sets it; the cut last block and contextual
-    # LoRA's layers read it, because a layer gets hidden states without their positions.
+    # Of the latest forward pass. `forward` sets it; the cut last block and contextual LoRA read it.
     batch: Batch | None = None
 
 
