@@ -59,5 +59,4 @@ def test_the_learning_rate_follows_the_update():
     assert rates("--update", "contextual") == [2e-3]
     for words in (["--update", "contextual", "--lr", "0.5"], ["--lr", "0.5", "--update", "hira"]):
         assert rates(*words) == [0.5]
-    # HiRA's default, but asked for
-    assert rates("--lr", "0.02", "--update", "contextual") == [0.02]
+    assert rates("--lr", "0.02", "--update", "contextual") == [0.02]  # HiRA's, but asked for
