@@ -131,9 +131,9 @@ class Base:
     head: list  # names of the head's tensors
     sha256: str  # of the frozen weights
     weights: int  # how many weights in all, before anything is added
+    task: str  # Data.task
     last_block_cut: bool = False  # it computes, after attention, only the tokens that are used
-    # The batch of the latest forward pass. `forward` sets it; the cut last block and contextual
-    # LoRA's layers read it, because a layer gets hidden states without their positions.
+    # Of the latest forward pass. `forward` sets it; the cut last block and contextual LoRA read it.
     batch: Batch | None = None
 
 
@@ -161,7 +161,7 @@ def make_base(run, model, head, task, reads_last):
     """The Base of a model whose tensors `head` are trained; without the hash of its weights."""
     for name, tensor in model.named_parameters():
         tensor.requires_grad_(name in head)
-    base = Base(model, head, "", sum(tensor.numel() for tensor in model.parameters()))
+    base = Base(model, head, "", sum(tensor.numel() for tensor in model.parameters()), task)
     positions = (lambda: base.batch.output_positions), reads_last
     base.last_block_cut = compute_output_positions_only(model, task, *positions)
     if run.precision == "bf16":

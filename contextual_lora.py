@@ -119,9 +119,9 @@ class StepState:
 
     def dense_positions(self):
         """Flat positions of the batch's tokens that stay dense, or None."""
-        batch = self.base.batch
-        few = 2 * len(batch.output_positions) < len(batch.token_positions)  # a causal LM: all
-        return batch.output_positions if few and self.run.dense_tokens == "scored" else None
+        if self.run.dense_tokens == "none" or self.base.task == "clm":  # a causal LM uses them all
+            return None
+        return self.base.batch.output_positions
 
     def sampled_positions(self):
         """Flat positions (T,) of the tokens to score channels on: drawn once a step.

@@ -32,7 +32,7 @@ from harness import models
 from harness.export import export
 from harness.flags import adapter_args, parse_args, positive, runs, share
 from harness.models import AdapterLayer, StandIn, compute_dtype, features, weight_of
-from harness.process import choose_device, fail, join_process_group, library_errors, say
+from harness.process import choose_device, fail, join_process_group, say
 from harness.store import load_adapter, save_result
 from plan import plan
 
@@ -248,13 +248,14 @@ def find_kernel(run):
 
 def find_optimizer(run):
     """The Method's field for bitsandbytes' paged AdamW, with --paged on a GPU; else {}."""
-    if not run.paged:
-        return {}
-    if "cuda" not in run.device:
+    if run.paged and "cuda" not in run.device:
         say("--paged needs CUDA; training with plain AdamW, whose steps are the same")
+    if not run.paged or "cuda" not in run.device:
         return {}
-    with library_errors("--paged: bitsandbytes cannot be imported; leave it out"):
+    try:
         from bitsandbytes.optim import PagedAdamW32bit
+    except (ImportError, RuntimeError, OSError) as error:
+        fail(f"--paged: bitsandbytes cannot be imported; leave it out ({error})")
 
     class ResumedPagedAdamW(PagedAdamW32bit):
         """bitsandbytes 0.50 loads a checkpoint's state into ordinary GPU memory: page it again."""
@@ -283,8 +284,7 @@ def quantize_blocks(run, base):
     # A mixture of experts keeps its experts as parameters of three dimensions, not as layers.
     other = sum(t.numel() for n, t in model.named_parameters() if t.ndim > 2 and n not in base.head)
     if other:
-        percent = 100 * other / (other + weights)
-        say(f"not in NF4: {other:,} weights in no linear layer, {percent:.0f} % of the blocks'")
+        say(f"not in NF4: {other:,} weights outside linear layers beside {weights:,} inside")
     numbers = {"kernel": kernel, "double_quant": not run.no_double_quant, "layers": len(names)}
     numbers |= {"weights": weights, "weights_not_quantized": other, "bytes_nf4": stored}
     numbers["paged"] = run.paged and "cuda" in run.device

@@ -115,7 +115,7 @@ def prune_step(layers, step, total, lr, run):
     Masked entries stay masked: each mask is drawn among what the last one left.
     """
     now = sparsity_at(step, total, run.sparsity)
-    climbing = step > 0 and now > sparsity_at(step - 1, total, run.sparsity)
+    climbing = now > sparsity_at(step - 1, total, run.sparsity)
     for layer in layers:
         for tensor, mask in ((layer.A, layer.mask_A), (layer.B, layer.mask_B)):
             if run.penalty:

@@ -229,12 +229,11 @@ def layer_names(model):
 
 def feed_forward_layers(model):
     """{block: ends of the names of its feed-forward layers, the one out last}; {} if unknown."""
-    linears = block_linears(model)
-    known = [ends for ends in FFN if any(name.endswith(f".{ends[0]}") for name in linears)]
+    layers = [n for n, m in model.named_modules() if is_linear(m) or isinstance(m, AdapterLayer)]
+    known = [ends for ends in FFN if any(name.endswith(f".{ends[0]}") for name in layers)]
     ends = known[0] if known else [None]
     names = [name for name, _ in model.named_modules() if name.endswith(f".{ends[0]}")]
-    plain = set(names) <= set(linears)  # an adapted layer is not
-    return {name.removesuffix(ends[0]): ends for name in names} if plain else {}
+    return {n.removesuffix(ends[0]): ends for n in names} if set(names) <= set(layers) else {}
 
 
 def activation(config):

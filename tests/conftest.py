@@ -18,15 +18,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import baseline
+import common
 import contextual_lora
 import hira
 import hybrid
 import lora
 import qlora
 import sparse_lora
+from harness import batches
 from harness import models as library
 
 torch.set_num_threads(1)  # the models are tiny, and two busy threads wait for each other
@@ -98,6 +101,33 @@ def stir(base):
     for module in library.stand_ins(base.model).values():
         if "B" in module.keys:  # an NF4 layer has nothing of the kind
             module.B.data.normal_(0, 0.2)
+
+
+def batch_of(data, n=8):
+    """The first n training examples as one Batch."""
+    targets = batches.predicted_tokens(data, data.train, 0)
+    return batches.collate(data, data.train, torch.arange(n), targets)
+
+
+def gradients(base, batch):
+    """Logits, and the gradient of everything that is trained."""
+    base.model.zero_grad(set_to_none=True)
+    logits = common.forward(base, batch)
+    F.cross_entropy(logits, batch.target).backward()
+    named = common.trained_tensors(base.model).items()
+    return logits.detach(), {name: tensor.grad for name, tensor in named}
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def same(ours, theirs, tolerance):
+    """Two results of gradients() agree; a gradient within `tolerance` of 1 or of its largest."""
+    close(ours[0], theirs[0], tolerance)
+    assert ours[1].keys() == theirs[1].keys()
+    for name, grad in theirs[1].items():
+        assert (ours[1][name] - grad).abs().max() <= tolerance * max(1, grad.abs().max()), name
 
 
 def weights(path):

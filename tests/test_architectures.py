@@ -1,12 +1,14 @@
-"""Every method on every architecture: trains, loads in PEFT, merges, or one line says why not."""
+"""Methods on every architecture: they train, save PEFT's adapter and merge, or one line says no."""
 
 import json
 
 import pytest
 import torch
-from conftest import EVERY, OWN, oracle, ready
+import torch.nn.functional as F
+from conftest import EVERY, OWN, batch_of, close, gradients, oracle, ready
 
 import common
+import qlora
 from harness import models as library
 from harness.store import save_adapter
 
@@ -17,46 +19,53 @@ REFUSED = {  # one line says why
     ("gpt2", "contextual"): "no plain feed-forward layers known",
     ("phi3", "contextual"): "no plain feed-forward layers known",
 }
-METHODS = [name for name in EVERY if name not in ("head only", "full")]
+CASES = [(kind, name) for kind in OWN for name in ("lora", "hira", "qlora", "contextual")]
+UNLIKE = ("bert", "gpt2", "t5", "llama", "falcon")  # for methods composed of the four's parts
+CASES += [(kind, name) for kind in UNLIKE for name in ("prune", "qhira", "sparse qlora")]
 
 
-def refusal(kind, method):
-    method = method.replace("sparse qlora", "contextual")
-    return REFUSED.get((kind, method)) or REFUSED.get((kind, "every adapter"))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", OWN)
-def test_trains_saves_loads_in_peft_and_merges(
-    kind, method, architecture, reviews, tmp_path, capsys
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("kind, name", CASES)
+def test_trains_and_saves_what_peft_loads_and_merges(
+    kind, name, architecture, reviews, tmp_path, capsys
 ):
-    module, flags = EVERY[method]
+    """Logits merged, in PEFT, and the gradients of A and B there."""
+    module, flags = EVERY[name]
     words = ["--dataset", reviews, "--model", architecture(kind), "--max_length", 24]
     words += ["--max_steps", 4, "--batch_size", 8, "--lr", 0.02, *flags]
+    method_of = name.replace("sparse qlora", "contextual")
+    refusal = REFUSED.get((kind, method_of)) or REFUSED.get((kind, "every adapter"))
     try:
-        run, data, base, adapted = ready(module, tmp_path, *words)
-        assert not refusal(kind, method), "works, though it is listed as refused"
+        run, data, base, method = ready(module, tmp_path, *words)
+        assert not refusal, "works, though it is listed as refused"
     except SystemExit as stop:
         error = capsys.readouterr().err
-        assert stop.code == 2 and error.count("\n") == 1 and refusal(kind, method) in error
+        assert stop.code == 2 and error.count("\n") == 1 and refusal in error
         return
-    history = module.train(base, data, run, adapted)
+    history = module.train(run, data, base, method)
     assert history.step == 4 and torch.tensor([loss for *_, loss in history.curve]).isfinite().all()
     base.model.eval()
-    targets = batches.predicted_tokens(data, data.test, "test")
-    batch = batches.collate(data, data.test, torch.arange(6), targets)
-    with torch.no_grad():
-        ours = common.forward(base, batch)
-        with library.as_plain_linears(base.model, True, torch.float32):
-            merged = common.forward(base, batch)
-    torch.testing.assert_close(merged, ours, atol=2e-5, rtol=2e-4)
-    save_adapter(run, base, adapted, data.task)
-    torch.testing.assert_close(in_peft(run, data, base, batch), ours, atol=2e-5, rtol=2e-4)
+    batch = batch_of(data, 6)
+    ours, grads = gradients(base, batch)
+    with torch.no_grad(), library.as_plain_linears(base.model, True, torch.float32):
+        torch.testing.assert_close(common.forward(base, batch), ours, atol=2e-5, rtol=2e-4)
+    save_adapter(run, base, method, data.task)
+    twin = in_peft(run, data, base)
+    theirs = twin(input_ids=batch.ids, attention_mask=batch.mask).logits
+    torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=2e-4)
+    F.cross_entropy(theirs, batch.target).backward()
+    named = dict(twin.named_parameters())
+    for path, layer in library.stand_ins(base.model).items():
+        for key, file_name in layer.keys.items():
+            peft_name = file_name.replace(f"_{key}", f"_{key}.default")
+            grad = named[f"base_model.model.{path}.{peft_name}"].grad
+            assert grad.any()
+            close(grads[f"{path}.{key}"] / grad.abs().max(), grad / grad.abs().max(), 1e-3)
 
 
 @torch.no_grad()
-def in_peft(run, data, base, batch):
-    """Logits of the saved adapter in PEFT, on the base as the method keeps it."""
+def in_peft(run, data, base):
+    """The saved adapter in PEFT, on the base as the method keeps it."""
     import transformers
 
     peft = oracle("peft")
@@ -66,10 +75,9 @@ def in_peft(run, data, base, batch):
     )
     model.config.pad_token_id = data.pad
     for path, module in base.model.named_modules():  # QLoRA's oracle is the dequantized base
-        if hasattr(module, "packed"):
+        if isinstance(module, qlora.NF4Linear):
             layer = model.get_submodule(path.removesuffix(".base"))
             library.weight_of(layer).copy_(module.weight)
-    loaded = peft.PeftModel.from_pretrained(model, folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["r"] == run.rank
-    return loaded.eval()(input_ids=batch.ids, attention_mask=batch.mask).logits
+    return peft.PeftModel.from_pretrained(model, folder, is_trainable=True).eval()

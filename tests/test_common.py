@@ -431,7 +431,9 @@ def test_metrics_against_counting(monkeypatch, labels, predictions, classes):
     data.official = n - 1
     run = Namespace(device="cpu", precision="fp32", eval_batch_size=5, batch_size=5, lr=1.0, seed=0)
     run.name, run.eval_only = "planted", None
-    result = common.evaluate(run, data, common.Base(torch.nn.Identity(), [], "", 0))
+    result = common.evaluate(
+        run, data, common.Base(torch.nn.Identity(), [], "", 0, "classification")
+    )
     right = -math.log(math.e**3 / (math.e**3 + classes - 1))
     for name, size in (("dev", n), ("test", n), ("official", n - 1)):
         pairs, f1 = list(zip(labels, predictions, strict=True))[:size], []
