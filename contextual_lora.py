@@ -117,11 +117,11 @@ class StepState:
         for block in self.blocks:
             block.picked = None
 
-    def dense_positions(self):
+    def dense_positions(self, batch):
         """Flat positions of the batch's tokens that stay dense, or None."""
         if self.run.dense_tokens == "none" or self.base.task == "clm":  # a causal LM uses them all
             return None
-        return self.base.batch.output_positions
+        return batch.output_positions
 
     def sampled_positions(self):
         """Flat positions (T,) of the tokens to score channels on: drawn once a step.
@@ -132,7 +132,8 @@ class StepState:
         if self.run.plan:  # --plan's tensors have no values to look at
             return self.base.batch.token_positions[:SAMPLED]
         if self.sample is None:
-            batch, dense = self.base.batch, self.dense_positions()
+            batch = self.base.batch.on_cpu or self.base.batch
+            dense = self.dense_positions(batch)
             example = batch.token_positions // batch.ids.shape[1]
             first = leading_examples(example.bincount(), CANDIDATES)
             positions = batch.token_positions[example < first]
@@ -141,8 +142,8 @@ class StepState:
             if self.run.estimator == "sample":
                 generator = generator_for(self.run.seed, "channels", self.step)
                 drawn = torch.randperm(len(positions), generator=generator)[:SAMPLED]
-                positions = positions[drawn.to(positions.device)]
-            self.sample = positions
+                positions = positions[drawn]
+            self.sample = positions.to(self.run.device, non_blocking=True)
         return self.sample
 
 
@@ -178,7 +179,7 @@ class SparseUp(nn.Module):
         if not (self.training and step.sparse):
             return self.base(x)
         if self.first:
-            block.dense, block.shape = step.dense_positions(), x.shape
+            block.dense, block.shape = step.dense_positions(step.base.batch), x.shape
             if block.picked is None:
                 with torch.no_grad():  # so that --checkpointing recomputes what autograd saw
                     sample = x.flatten(0, -2)[step.sampled_positions()].to(weight.dtype)

@@ -31,11 +31,13 @@ class Batch(NamedTuple):
     token_positions: torch.Tensor  # (tokens,) int64, positions that are not padding
     output_positions: torch.Tensor  # (R,) int64, positions whose output is used
     target: torch.Tensor  # (R,) int64, labels or token ids
+    on_cpu: "Batch | None" = None  # the batch before `to`: reading its values waits for no GPU
 
     def to(self, device):
         """The batch on `device`; pinned memory lets the copy to a GPU return at once."""
-        tensors = [t.pin_memory() if "cuda" in device and t is not None else t for t in self]
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
+        tensors = [t.pin_memory() if "cuda" in device and t is not None else t for t in self[:-1]]
+        moved = (t if t is None else t.to(device, non_blocking=True) for t in tensors)
+        return Batch(*moved, on_cpu=self)
 
 
 def predicted_tokens(data, split, *seed):
