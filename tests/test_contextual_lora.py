@@ -125,11 +125,12 @@ def test_equals_autograd_of_the_masked_dense_layer(kind, task, dense_tokens, wor
 
 @pytest.mark.parametrize("estimator", ["sample", "svd"])
 @pytest.mark.parametrize("kind", ["distilbert", "llama"])
-def test_channels_are_the_best_of_the_sample(kind, estimator, words_of, tmp_path):
+def test_channels_are_the_best_of_the_sample(kind, estimator, words_of, tmp_path, monkeypatch):
     """By hand from the block's own input, on the sampled tokens: neither dense ones nor padding.
 
     "sample" draws SAMPLED of them, "svd" takes all. Another step draws others, each seed its own.
     """
+    monkeypatch.setattr(contextual_lora, "SAMPLED", 100)
     flags = ["--channel_sparsity", 0.6, "--estimator", estimator]
     _, data, base, method, blocks = started(contextual_lora, words_of(kind), tmp_path, *flags)
     block, inputs = next(iter(blocks.values())), []
@@ -140,7 +141,7 @@ def test_channels_are_the_best_of_the_sample(kind, estimator, words_of, tmp_path
         weights = [torch.matmul(*contextual_lora.svd_estimate(weight)).T for weight in weights]
     batch = batch_of(data, 30)
     allowed = set(batch.token_positions.tolist()) - set(batch.output_positions.tolist())
-    assert len(allowed) > 2 * contextual_lora.SAMPLED
+    assert len(allowed) > 200
 
     def sample(step, seed=0):
         block.step.run.seed = seed
@@ -155,7 +156,7 @@ def test_channels_are_the_best_of_the_sample(kind, estimator, words_of, tmp_path
         assert sample(50) == allowed
         return
     first = sample(50)
-    assert first <= allowed and len(first) == contextual_lora.SAMPLED
+    assert first <= allowed and len(first) == 100
     assert sample(50) == first != sample(51) and sample(50, seed=1) != first
     # Every token is as likely as any other: 40 samples leave none out, and no half is preferred.
     drawn = torch.tensor([position for step in range(60, 100) for position in sample(step)])
