@@ -36,7 +36,6 @@ MERGED = [("distilbert", n) for n in ADAPTERS] + [("gpt2", n) for n in ADAPTERS 
     "kind, checkpoint, head",
     [
         ("distilbert", "", {"pre_classifier.weight", "pre_classifier.bias"}),
-        ("distilbert", "MaskedLM", {"pre_classifier.weight", "pre_classifier.bias"}),
         ("bert", "", set()),
         ("bert", "MaskedLM", {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}),
         ("bert", "SequenceClassification", set()),  # its own head is trained, too
