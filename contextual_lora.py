@@ -42,7 +42,7 @@ from lora import LoRALinear
 from plan import plan
 
 CANDIDATES = 1024  # tokens at the start of a batch that a sample is drawn from
-SAMPLED = 128  # tokens in the sample
+SAMPLED = 256  # tokens in the sample (study/claims/channel_energy.py: 64 to all, beside the cost)
 
 
 def add_args(parser):
