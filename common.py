@@ -46,10 +46,6 @@ from harness.store import load_checkpoint, save_checkpoint
 # ------------------------------------------------------------- the interface of a method
 
 
-def do_nothing(*_):
-    """The default of a Method's functions."""
-
-
 @dataclass
 class Method:
     """What a script's `adapt` returns: what makes its training different from plain training."""
@@ -65,8 +61,8 @@ class Method:
     tokens_together: int = 0
     # before_step(step, total), after_step(step, total, lr): around step 1 … total; lr is that of
     # the adapter in this step. after_step comes behind the optimizer's step.
-    before_step: Callable = do_nothing
-    after_step: Callable = do_nothing
+    before_step: Callable = lambda step, total: None
+    after_step: Callable = lambda step, total, lr: None
     # Once after the last step; returns additions to `peft`.
     finish: Callable = dict
     # Numbers for the result file; may be expensive, so it is called when the scores are on disk.
@@ -394,6 +390,9 @@ def evaluate(run, data, base):
     block's summed loss. diverged: whether a loss was NaN or infinite.
     """
     place(run, base)
+    if run.eval_only:  # other runs are checked before they train
+        check_logits(run, data, base, forward)
+        place(run, base)
     with explain_out_of_memory(run, f"--eval_batch_size {max(1, run.eval_batch_size // 2)}"):
         dev = score(run, data, base, data.dev, "dev")
         test = score(run, data, base, data.test, "test")
