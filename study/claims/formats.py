@@ -1,0 +1,122 @@
+"""Claim 2a. Is NF4 the best 4-bit format, and does double quantization cost nothing?
+
+    python -m study.claims.formats          half an hour on a free CPU core
+
+Every linear layer in the blocks of minilm-mlm is rounded to 4 bits and back, with one scale for 32,
+64 or 128 neighboring weights, and the untrained model is scored on 500 blocks of WikiText-2's test
+text. SmolLM2's weights lie on a 4-bit grid already, so it cannot judge.
+"""
+
+import math
+
+import torch
+
+import baseline
+import common
+import qlora
+from harness.batches import collate, predicted_tokens
+from study.claims.shared import WIKITEXT2, block_weights, prepare, save, set_weights
+
+SIZES, SHIFTS, TEST_BLOCKS = (64, 32, 128), (13, 29), 500
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # a sign, two bits of exponent, one of mantissa
+BITSANDBYTES = [0, 1 / 16, 2, 3, 4, 6, 8, 12]  # its FP4 has another smallest number
+LEVELS = {
+    "NF4": qlora.NF4.tolist(),
+    "FP4 (E2M1)": [sign * x / 6 for x in E2M1 for sign in (-1, 1)],
+    "FP4 (bitsandbytes)": [sign * x / 12 for x in BITSANDBYTES for sign in (-1, 1)],
+    "INT4": [i / 7 for i in range(-7, 8)],
+    "INT4, minimum": [i / 15 for i in range(16)],
+}
+FORMATS = {name: torch.tensor(levels).unique() for name, levels in LEVELS.items()}  # sorted
+
+
+def fake_quantize(weight, name, size, double=False, shift=0):
+    """The weight (out, in) that 4 bits in this format stand for, with a scale a block of `size`.
+
+    The scale is the block's largest magnitude; with a minimum it is its range, from the minimum on.
+    double: the scales (and minima) are in 8 bits, as in QLoRA. shift: the blocks begin so many
+    weights later, which is another rounding that is as good.
+    """
+
+    def stored(scales):
+        return qlora.dequantize_scales(*qlora.quantize_scales(scales)) if double else scales
+
+    blocks, table = qlora.blocks_of(weight.flatten().roll(-shift), size), FORMATS[name]
+    low = blocks.amin(1) if name == "INT4, minimum" else torch.zeros(len(blocks))
+    scales = (blocks - low[:, None]).abs().amax(1)
+    codes = qlora.nearest((blocks - low[:, None]) * (1 / scales.clamp(min=1e-38))[:, None], table)
+    if name == "INT4, minimum":
+        low = stored(low)
+    values = table[codes.int()] * stored(scales)[:, None] + low[:, None]
+    return values.flatten()[: weight.numel()].roll(shift).view_as(weight)
+
+
+def bits(name, size, double):
+    """Bits a weight: its code, and its share of the block's numbers."""
+    numbers = 2 if name == "INT4, minimum" else 1
+    return 4 + numbers * (8 / size + 32 / (256 * size) if double else 32 / size)
+
+
+def inputs_of(run, data, base, names):
+    """{name: input (tokens, in)} of the layers for the first 32 training examples."""
+    inputs, hooks = {}, []
+    for name in names:
+
+        def keep(_, x, name=name):
+            inputs[name] = x[0].flatten(0, -2)
+
+        hooks.append(base.model.get_submodule(name).register_forward_pre_hook(keep))
+    targets = predicted_tokens(data, data.train, 0, 0)
+    with torch.no_grad():
+        common.forward(base, collate(data, data.train, torch.arange(32), targets))
+    for hook in hooks:
+        hook.remove()
+    return inputs
+
+
+def relative(error, whole):
+    """‖error‖ / ‖whole‖ in percent, as a number."""
+    return 100 * (error.norm() / whole.norm()).item()
+
+
+def percent_more(a, b):
+    """[mean, low, high] of how many percent perplexity a is above b: 95 % over test blocks."""
+    difference, scored = a.nll - b.nll, a.scored.double()
+    mean = (difference.sum() / scored.sum()).item()
+    rest = difference - mean * scored
+    n = len(rest)
+    error = (rest.square().sum() * n / (n - 1)).sqrt().item() / scored.sum().item()
+    return [100 * math.expm1(x) for x in (mean, mean - 1.96 * error, mean + 1.96 * error)]
+
+
+def main():
+    words = [*WIKITEXT2, "--test_samples", TEST_BLOCKS, "--eval_batch_size", "32"]
+    run, data, base = prepare(baseline, words)
+    weights = block_weights(base.model)
+    inputs = inputs_of(run, data, base, weights)
+    fp32 = common.score(run, data, base, data.test, "test")
+    perplexity = math.exp((fp32.nll.sum() / fp32.scored.sum()).item())
+    result = {"perplexity": perplexity, "test_blocks": TEST_BLOCKS, "layers": list(weights)}
+    rows, scores = [], {}
+    ways = [(n, size, d, 0) for size in SIZES for n in FORMATS for d in (False, True)]
+    ways += [(n, 64, d, s) for s in SHIFTS for n in FORMATS for d in (False, True)[: 1 + (n == "NF4")]]
+    for way in ways:
+        rough = {name: fake_quantize(weight, *way) for name, weight in weights.items()}
+        set_weights(base.model, rough)
+        scores[way] = common.score(run, data, base, data.test, "test")
+        row = dict(zip(("format", "size", "double", "shift"), way, strict=True))
+        row |= {"bits": bits(*way[:3]), "perplexity, % more": percent_more(scores[way], fp32)}
+        errors = {n: (rough[n] - weights[n], weights[n], inputs[n]) for n in weights}
+        row["weight error, %"] = [relative(e, w) for e, w, _ in errors.values()]
+        row["output error, %"] = [relative(x @ e.T, x @ w.T) for e, w, x in errors.values()]
+        if way[0] != "NF4":
+            row["% more than NF4"] = percent_more(scores[way], scores["NF4", *way[1:]])
+        if way[2]:
+            row["% more than single"] = percent_more(scores[way], scores[*way[:2], False, way[3]])
+        rows.append(row)
+        print(*way, f"{row['perplexity, % more'][0]:+.2f} %", flush=True)
+        save("formats", result | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
