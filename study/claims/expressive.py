@@ -1,0 +1,190 @@
+"""Claim 1a. "High rank makes HiRA more expressive": how much of a wanted update fits into either?
+
+    python -m study.claims.expressive FOLDER...    of full fine-tuning; some minutes for each
+
+With equally many weights LoRA's best update is a truncated SVD; HiRA's is found by alternating
+least squares. The targets are made, or are what full fine-tuning changed in the linear layers of
+the blocks. Energy is not loss, so the projected change is also put in the place of the whole one,
+in the fine-tuned model, which is scored on dev examples.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import baseline
+import common
+import hira
+from harness.splits import generator_for
+from study.claims.shared import (
+    COLORS,
+    INK,
+    block_weights,
+    load,
+    picture,
+    prepare,
+    save,
+    set_weights,
+)
+
+RANK, STEPS, STARTS = 8, 30, 2
+NAMES = {"lora": "LoRA", "hira": "HiRA"}
+RANKS = {"sst2": (2, 8, 32), "wikitext2": (8,)}
+
+
+def best_lora(E, rank):
+    """The matrix of this rank that is nearest to E (out, in)."""
+    U, S, V = torch.linalg.svd(E, full_matrices=False)
+    return (U[:, :rank] * S[:rank]) @ V[:rank]
+
+
+def rows_given(A, B, W0, E, damping):
+    """The B (out, r) that minimizes ‖E − W0 ⊙ B·A‖² + damping·‖B − the B before‖², row by row.
+
+    The last term keeps a step finite where it is not determined, and the error still never rises.
+    """
+    rank = len(A)
+    pairs = (A[:, None] * A[None]).flatten(0, 1)  # (r², in)
+    gram = (W0.square() @ pairs.T).view(-1, rank, rank)
+    right = (W0 * E) @ A.T
+    weight = damping * gram.diagonal(dim1=1, dim2=2).mean()
+    gram = gram + weight * torch.eye(rank)
+    return torch.linalg.solve(gram, right + weight * B)
+
+
+def best_hira(E, W0, rank, steps=STEPS, starts=STARTS, damping=1e-4):
+    """The nearest W0 ⊙ B·A to E that alternating least squares finds: (update, [energy per step]).
+
+    Of several random starts the best one. A local optimum: more may be possible.
+    """
+    best = None
+    for start in range(starts):
+        generator = generator_for("alternating least squares", start)
+        A = torch.randn(rank, E.shape[1], generator=generator)
+        B, path = torch.zeros(len(E), rank), []
+        for _ in range(steps):
+            B = rows_given(A, B, W0, E, damping)
+            A = rows_given(B.T, A.T, W0.T, E.T, damping).T
+            update = hira.hira_update(W0, A, B)
+            path.append(energy(update, E))
+        if best is None or path[-1] > best[1][-1]:
+            best = update, path
+    return best
+
+
+def energy(update, E):
+    """The share of E's energy that an update captures, 1 − ‖E − update‖² / ‖E‖²."""
+    return 1 - ((E - update).square().sum() / E.square().sum()).item()
+
+
+def made_targets(n=256):
+    """{name: (E, W0)} of synthetic targets (n, n), with a Gaussian W0."""
+    generator = generator_for("targets")
+
+    def gaussian(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    W0 = gaussian(n, n)
+    product, other = (gaussian(n, RANK) @ gaussian(RANK, n) for _ in range(2))
+    sparse = gaussian(n, n) * (torch.rand(n, n, generator=generator) < 0.02)
+    permutation = torch.eye(n)[torch.randperm(n, generator=generator)]
+    targets = {"low rank": product, "W0 ⊙ low rank": W0 * other, "2 % sparse": sparse}
+    targets |= {"permutation": permutation, "Gaussian": gaussian(n, n)}
+    return {name: (E, W0) for name, E in targets.items()}
+
+
+def score(run, data, base):
+    """{accuracy or perplexity, loss} on the dev examples."""
+    return common.summarize(data, data.dev, common.score(run, data, base, data.dev, "dev"))
+
+
+def project(folder):
+    """Energies and dev scores of the projected change of one full fine-tuning run."""
+    settings = json.loads(folder.with_suffix(folder.suffix + ".json").read_text())
+    kept = ("dataset", "model", "train_samples", "heldout", "head_lr", "precision")
+    words = [word for key in kept for word in (f"--{key}", settings["settings"][key])]
+    run, data, base = prepare(baseline, ["--full", *words], settings["seed"])
+    W0 = block_weights(base.model)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
+    base.model.load_state_dict(tensors, strict=False)
+    changes = {name: weight - W0[name] for name, weight in block_weights(base.model).items()}
+    result = {"dataset": settings["dataset"], "lr": settings["lr"], "seed": settings["seed"]}
+    result |= {"whole": score(run, data, base), "energy": {}, "dev": {}}
+    set_weights(base.model, W0)
+    result["none"] = score(run, data, base)
+    for rank in RANKS[result["dataset"]]:
+        for method in ("lora", "hira"):
+            updates = {
+                name: best_lora(E, rank)
+                if method == "lora"
+                else best_hira(E, W0[name], rank, starts=STARTS if rank <= 8 else 1)[0]
+                for name, E in changes.items()
+            }
+            set_weights(base.model, {name: W0[name] + update for name, update in updates.items()})
+            energies = {name: energy(updates[name], E) for name, E in changes.items()}
+            result["energy"][f"{method} {rank}"] = energies
+            result["dev"][f"{method} {rank}"] = score(run, data, base)
+        print(folder.name, rank, result["dev"], flush=True)
+    return result
+
+
+def main(folders):
+    made = {}
+    for name, (E, W0) in made_targets().items():
+        captured = {"lora": energy(best_lora(E, RANK), E)}
+        captured["hira"] = best_hira(E, W0, RANK, steps=200, starts=4)[1][-1]
+        made[name] = captured
+        print(name, captured, flush=True)
+    runs = []
+    for folder in folders:
+        runs.append(project(Path(folder)))
+        save("expressive", {"rank": RANK, "made": made, "runs": runs})
+
+
+def draw():
+    """Captured energy for each target, and the dev accuracy of the projected change over rank."""
+    numbers = load("expressive")
+    bars = {name: list(row.values()) for name, row in numbers["made"].items()}
+    for dataset, name in (("sst2", "real: SST-2"), ("wikitext2", "real: WikiText-2")):
+        own = [run for run in numbers["runs"] if run["dataset"] == dataset]
+        energies = [[e for run in own for e in run["energy"][f"{m} 8"].values()] for m in NAMES]
+        if own:
+            bars[name] = [sum(part) / len(part) for part in energies]
+    title = "What fine-tuning really changes, LoRA can express and HiRA cannot"
+    note = (
+        "Share of a wanted update that fits into rank 8, equally many weights. Right: put to use."
+    )
+    with picture("expressive", title, note, 3.9, (1, 2), width=9.4) as (_, (left, right)):
+        for i, (method, label) in enumerate(NAMES.items()):
+            shares = [100 * pair[i] for pair in bars.values()]
+            places = [y + 0.4 * i - 0.2 for y in range(len(bars))]
+            left.barh(places, shares, 0.38, color=COLORS[method], label=label)
+            for y, share in zip(places, shares, strict=True):
+                left.text(share + 1, y, f"{share:.0f}", va="center", size=8)
+        left.set_yticks(range(len(bars)), list(bars))
+        left.invert_yaxis()
+        left.tick_params(axis="y", length=0)
+        left.set_xlabel("energy captured, %")
+        left.legend(loc="lower right")
+        runs = [run for run in numbers["runs"] if run["dataset"] == "sst2"]
+        for key, label in (("whole", "whole change"), ("none", "no change of these layers")):
+            mean = 100 * sum(run[key]["accuracy"] for run in runs) / len(runs)
+            right.axhline(mean, color=INK, ls="--" if key == "whole" else ":", lw=1.2)
+            right.text(RANKS["sst2"][0], mean, label, va="bottom", size=8)
+        for method, label in NAMES.items():
+            for run in runs:
+                dev = [100 * run["dev"][f"{method} {rank}"]["accuracy"] for rank in RANKS["sst2"]]
+                right.plot(RANKS["sst2"], dev, "o-", color=COLORS[method], alpha=0.8, ms=5)
+        right.set_xscale("log", base=2)
+        right.set_xticks(RANKS["sst2"], RANKS["sst2"])
+        right.set_xlabel("rank of the projected change")
+        right.set_ylabel("dev accuracy on SST-2, %")
+        right.grid(axis="y")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

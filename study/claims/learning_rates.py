@@ -1,0 +1,175 @@
+"""Claim 4. Rules of thumb for the learning rate, from the study's runs, and one way to predict it.
+
+    python -m study.claims.learning_rates          a minute
+
+The best learning rate of a seed is the one with the best dev score. A method's best one is the
+geometric mean over its seeds. The prediction: what differs between methods is how far one step
+moves the weights. AdamW moves every trained number by about the learning rate; the RMS of the
+change of W after one step, divided by the learning rate, is counted on a real batch.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+
+import baseline
+import common
+import contextual_lora
+import hira
+import lora
+import qlora
+import sparse_lora
+from harness import batches, models
+from study.claims.shared import COLORS, INK, interval, load, picture, prepare, save
+
+STUDY = Path(__file__).parents[1]
+SCRIPTS = {"full": baseline, "lora": lora, "qlora": qlora, "hira": hira}
+SCRIPTS |= {"sparse_lora": sparse_lora, "contextual_lora": contextual_lora}
+LABELS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA", "hira": "HiRA"}
+LABELS |= {"sparse_lora": "pruned", "contextual_lora": "contextual"}
+KEPT = (
+    "dataset",
+    "model",
+    "train_samples",
+    "heldout",
+    "head_lr",
+    "precision",
+    "max_length",
+    "batch_size",
+)
+TINY = 1e-6  # the learning rate of the step: so small that a change is proportional to it
+
+
+def tuned():
+    """One row per (data set, base, method, rank) of the committed runs without other changes."""
+    groups = {}
+    for path in [*STUDY.glob("*.jsonl"), *STUDY.glob("variants/*.jsonl")]:
+        for line in path.read_text().splitlines():
+            run = json.loads(line)
+            settings, name = run["settings"], run["name"].replace("sparse_lora-", "")
+            method = "contextual_lora" if name.startswith("contextual") else run["method"]
+            rank = settings.get("rank")
+            plain = name in (run["method"], method, "contextual", f"{method}-rank{rank}")
+            if not plain or method not in SCRIPTS or run["untrained"]:
+                continue
+            key = (run["dataset"], run["model"], method, rank)
+            group = groups.setdefault(key, {"settings": settings, "seeds": {}})
+            loss = run["metrics"]["dev"]
+            value = loss["accuracy"] if "accuracy" in loss else -loss["loss"]
+            if math.isfinite(value) and not run.get("diverged"):
+                group["seeds"].setdefault(run["seed"], {})[run["lr"]] = value
+    rows = []
+    for key, group in sorted(groups.items(), key=str):
+        best = [max(dev, key=dev.get) for dev in group["seeds"].values()]
+        grid = sorted({lr for dev in group["seeds"].values() for lr in dev})
+        row = dict(zip(("dataset", "model", "method", "rank"), key, strict=True))
+        row["log2 best lr"] = [math.log2(lr) for lr in best]
+        row["best lr"] = [2**x for x in interval(row["log2 best lr"])]
+        row["at the edge"] = sum(lr in (grid[0], grid[-1]) for lr in best) / len(best)
+        rows.append(row | {"settings": {k: v for k, v in group["settings"].items() if k in KEPT}})
+    return rows
+
+
+def first_step(row):
+    """RMS of the change of the adapted weights after one AdamW step, per unit of learning rate."""
+    script, method = SCRIPTS[row["method"]], row["method"]
+    words = [word for key, value in row["settings"].items() for word in (f"--{key}", value)]
+    words += ["--lr", TINY, "--test_samples", 64]
+    words += ["--full"] if method == "full" else ["--rank", row["rank"]]
+    run, data, base = prepare(script, [str(word) for word in words])
+    names = [n for n in models.block_linears(base.model) if n.endswith(("query", "value"))]
+    method = script.adapt(run, base)
+    before = weights_of(base.model, names)
+    optimizer = common.make_optimizer(run, base, method)
+    base.model.train()
+    method.before_step(100, 100)
+    _, examples, targets = next(batches.training_batches(run, data, 1, 1))
+    trained = common.trained_tensors(base.model)
+    common.gradient(run, data, base, method, examples, targets, trained)
+    optimizer.step()
+    squares = [(new - old).square() for new, old in zip(weights_of(base.model, names), before)]
+    return torch.cat([part.flatten() for part in squares]).mean().sqrt().item() / TINY
+
+
+def weights_of(model, names):
+    """The weights that the layers of these names compute with, in double precision.
+
+    An adapter's update is computed from its factors: in the sum with W it would be rounded away.
+    """
+    layers = [model.get_submodule(name) for name in names]
+    return [
+        update_of(layer).detach()
+        if isinstance(layer, models.AdapterLayer)
+        else layer.weight.detach().double().clone()
+        for layer in layers
+    ]
+
+
+def update_of(layer):
+    """What an adapter adds to its layer's weight."""
+    B, A = layer.B.double(), layer.A.double()
+    if isinstance(layer, hira.HiRALinear):
+        return hira.hira_update(models.weight_of(layer.base).double(), A, B)
+    return layer.scale * B @ A
+
+
+def measure():
+    rows = tuned()
+    for row in rows:
+        if Path(row["model"]).is_dir():
+            row["step"] = first_step(row)
+        print(
+            row["dataset"], row["method"], row["rank"], row["best lr"], row.get("step"), flush=True
+        )
+    save("learning_rates", {"rows": rows})
+
+
+def draw():
+    """Best learning rate over the size of a step, and over the rank."""
+    rows = [row for row in load("learning_rates")["rows"] if "step" in row]
+    markers = {"sst2": "o", "imdb": "s", "wikitext2": "^"}
+    title = "The smaller the step of a method, the higher its best learning rate"
+    note = "Best learning rate over how far a step moves the weights; bars: 95 % over seeds."
+    with picture("learning_rates", title, note, 4.1, (1, 2), width=9.4) as (_, (left, right)):
+        for row in rows:
+            mean, *ends = row["best lr"]
+            color, marker = COLORS[row["method"]], markers[row["dataset"]]
+            hollow = "none" if row["rank"] not in (8, None) else color
+            left.plot([row["step"]] * 2, ends, color=color, lw=1, alpha=0.6)
+            left.plot(row["step"], mean, marker, color=color, mfc=hollow, ms=6)
+        [start] = [r for r in rows if (r["dataset"], r["method"], r["rank"]) == ("sst2", "lora", 8)]
+        ends = [end(row["step"] for row in rows) for end in (min, max)]
+        line = [start["best lr"][0] * start["step"] / x for x in ends]
+        left.plot(ends, line, "--", color=INK, lw=1, label="as far a step as LoRA's on SST-2")
+        for method in dict.fromkeys(row["method"] for row in rows):
+            left.plot([], [], "o", color=COLORS[method], label=LABELS[method])
+        for dataset, marker in markers.items():
+            name = {"sst2": "SST-2", "imdb": "IMDB", "wikitext2": "WikiText-2"}[dataset]
+            left.plot([], [], marker, color=INK, mfc="none", label=name)
+        left.legend(fontsize=7)
+        left.set_xlabel("change of W after one step, RMS, per unit of learning rate")
+        for method, power in (("lora", 0.5), ("hira", -0.5)):
+            part = [r for r in rows if (r["dataset"], r["method"]) == ("sst2", method)]
+            part.sort(key=lambda row: row["rank"])
+            means, ranks = [row["best lr"][0] for row in part], [row["rank"] for row in part]
+            bars = [[abs(row["best lr"][i] - row["best lr"][0]) for row in part] for i in (1, 2)]
+            label = {"lora": "LoRA, α/r", "hira": "HiRA, no 1/r"}[method]
+            right.errorbar(ranks, means, bars, fmt="o-", color=COLORS[method], label=label)
+            same = [means[1] * (rank / 8) ** power for rank in ranks]
+            right.plot(ranks, same, "--", color=COLORS[method], lw=1)
+        right.plot([], [], "--", color=INK, label="the same step at every rank")
+        right.set_xscale("log", base=2)
+        right.set_xticks(ranks, ranks)
+        right.set_xlabel("rank, on SST-2")
+        right.legend(fontsize=8)
+        left.set_xscale("log")
+        for axes in (left, right):
+            axes.set_yscale("log")
+            axes.set_ylabel("best learning rate")
+            axes.grid(axis="y")
+
+
+if __name__ == "__main__":
+    measure()
