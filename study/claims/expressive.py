@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import baseline
 import common
-import hira
 from harness.splits import generator_for
+from study.claims.projection import best_hira, best_lora, energy
 from study.claims.shared import (
     COLORS,
     INK,
@@ -30,54 +30,9 @@ from study.claims.shared import (
     set_weights,
 )
 
-RANK, STEPS, STARTS = 8, 30, 2
+RANK = 8
 NAMES = {"lora": "LoRA", "hira": "HiRA"}
 RANKS = {"sst2": (2, 8, 32), "wikitext2": (8,)}
-
-
-def best_lora(E, rank):
-    """The matrix of this rank that is nearest to E (out, in)."""
-    U, S, V = torch.linalg.svd(E, full_matrices=False)
-    return (U[:, :rank] * S[:rank]) @ V[:rank]
-
-
-def rows_given(A, B, W0, E, damping):
-    """The B (out, r) that minimizes ‖E − W0 ⊙ B·A‖² + damping·‖B − the B before‖², row by row.
-
-    The last term keeps a step finite where it is not determined, and the error still never rises.
-    """
-    rank = len(A)
-    pairs = (A[:, None] * A[None]).flatten(0, 1)  # (r², in)
-    gram = (W0.square() @ pairs.T).view(-1, rank, rank)
-    right = (W0 * E) @ A.T
-    weight = damping * gram.diagonal(dim1=1, dim2=2).mean()
-    gram = gram + weight * torch.eye(rank)
-    return torch.linalg.solve(gram, right + weight * B)
-
-
-def best_hira(E, W0, rank, steps=STEPS, starts=STARTS, damping=1e-4):
-    """The nearest W0 ⊙ B·A to E that alternating least squares finds: (update, [energy per step]).
-
-    Of several random starts the best one. A local optimum: more may be possible.
-    """
-    best = None
-    for start in range(starts):
-        generator = generator_for("alternating least squares", start)
-        A = torch.randn(rank, E.shape[1], generator=generator)
-        B, path = torch.zeros(len(E), rank), []
-        for _ in range(steps):
-            B = rows_given(A, B, W0, E, damping)
-            A = rows_given(B.T, A.T, W0.T, E.T, damping).T
-            update = hira.hira_update(W0, A, B)
-            path.append(energy(update, E))
-        if best is None or path[-1] > best[1][-1]:
-            best = update, path
-    return best
-
-
-def energy(update, E):
-    """The share of E's energy that an update captures, 1 − ‖E − update‖² / ‖E‖²."""
-    return 1 - ((E - update).square().sum() / E.square().sum()).item()
 
 
 def made_targets(n=256):
@@ -121,7 +76,7 @@ def project(folder):
             updates = {
                 name: best_lora(E, rank)
                 if method == "lora"
-                else best_hira(E, W0[name], rank, starts=STARTS if rank <= 8 else 1)[0]
+                else best_hira(E, W0[name], rank, starts=2 if rank <= 8 else 1)[0]
                 for name, E in changes.items()
             }
             set_weights(base.model, {name: W0[name] + update for name, update in updates.items()})
@@ -175,7 +130,7 @@ def draw():
             mean = 100 * sum(run[key]["accuracy"] for run in runs) / len(runs)
             right.axhline(mean, color=INK, ls="--" if key == "whole" else ":", lw=1.2)
             right.text(RANKS["sst2"][0], mean, label, va="bottom", size=8)
-        for method, label in NAMES.items():
+        for method in NAMES:
             for run in runs:
                 dev = [100 * run["dev"][f"{method} {rank}"]["accuracy"] for rank in RANKS["sst2"]]
                 right.plot(RANKS["sst2"], dev, "o-", color=COLORS[method], alpha=0.8, ms=5)

@@ -13,49 +13,21 @@ import torch
 
 import baseline
 import common
-import qlora
 from harness.batches import collate, predicted_tokens
-from study.claims.shared import COLORS, INK, WIKITEXT2, block_weights, load, picture
-from study.claims.shared import prepare, save, set_weights
+from study.claims.four_bits import FORMATS, bits, fake_quantize
+from study.claims.shared import (
+    COLORS,
+    INK,
+    WIKITEXT2,
+    block_weights,
+    load,
+    picture,
+    prepare,
+    save,
+    set_weights,
+)
 
 SIZES, SHIFTS, TEST_BLOCKS = (64, 32, 128), (13, 29), 500
-E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]  # a sign, two bits of exponent, one of mantissa
-BITSANDBYTES = [0, 1 / 16, 2, 3, 4, 6, 8, 12]  # its FP4 has another smallest number
-LEVELS = {
-    "NF4": qlora.NF4.tolist(),
-    "FP4 (E2M1)": [sign * x / 6 for x in E2M1 for sign in (-1, 1)],
-    "FP4 (bitsandbytes)": [sign * x / 12 for x in BITSANDBYTES for sign in (-1, 1)],
-    "INT4": [i / 7 for i in range(-7, 8)],
-    "INT4, minimum": [i / 15 for i in range(16)],
-}
-FORMATS = {name: torch.tensor(levels).unique() for name, levels in LEVELS.items()}  # sorted
-
-
-def fake_quantize(weight, name, size, double=False, shift=0):
-    """The weight (out, in) that 4 bits in this format stand for, with a scale a block of `size`.
-
-    The scale is the block's largest magnitude; with a minimum it is its range, from the minimum on.
-    double: the scales (and minima) are in 8 bits, as in QLoRA. shift: the blocks begin so many
-    weights later, which is another rounding that is as good.
-    """
-
-    def stored(scales):
-        return qlora.dequantize_scales(*qlora.quantize_scales(scales)) if double else scales
-
-    blocks, table = qlora.blocks_of(weight.flatten().roll(-shift), size), FORMATS[name]
-    low = blocks.amin(1) if name == "INT4, minimum" else torch.zeros(len(blocks))
-    scales = (blocks - low[:, None]).abs().amax(1)
-    codes = qlora.nearest((blocks - low[:, None]) * (1 / scales.clamp(min=1e-38))[:, None], table)
-    if name == "INT4, minimum":
-        low = stored(low)
-    values = table[codes.int()] * stored(scales)[:, None] + low[:, None]
-    return values.flatten()[: weight.numel()].roll(shift).view_as(weight)
-
-
-def bits(name, size, double):
-    """Bits a weight: its code, and its share of the block's numbers."""
-    numbers = 2 if name == "INT4, minimum" else 1
-    return 4 + numbers * (8 / size + 32 / (256 * size) if double else 32 / size)
 
 
 def inputs_of(run, data, base, names):
@@ -113,9 +85,9 @@ def main():
         row["weight error, %"] = [relative(e, w) for e, w, _ in errors.values()]
         row["output error, %"] = [relative(x @ e.T, x @ w.T) for e, w, x in errors.values()]
         if way[0] != "NF4":
-            row["% more than NF4"] = percent_more(scores[way], scores["NF4", *way[1:]])
+            row["% more than NF4"] = percent_more(scores[way], scores[("NF4", *way[1:])])
         if way[2]:
-            row["% more than single"] = percent_more(scores[way], scores[*way[:2], False, way[3]])
+            row["% more than single"] = percent_more(scores[way], scores[(*way[:2], False, way[3])])
         rows.append(row)
         print(*way, f"{row['perplexity, % more'][0]:+.2f} %", flush=True)
         save("formats", result | {"rows": rows})
@@ -125,10 +97,9 @@ def draw():
     """Error of the layers' outputs over bits a weight, and the price in perplexity at block 64."""
     rows = load("formats")["rows"]
     title = "Rounding to 4 bits costs perplexity; which format hardly matters"
-    note = "Left: rounding error. Right: 95 % over test blocks; small dots: other equally good roundings."
-    looks = dict(
-        zip(FORMATS, (COLORS["qlora"], COLORS["lora"], COLORS["hybrid"], INK, COLORS["hira"]))
-    )
+    note = "Left: rounding error. Right: 95 % over test blocks; dots: other cuts into blocks."
+    colors = COLORS["qlora"], COLORS["lora"], COLORS["hybrid"], INK, COLORS["hira"]
+    looks = dict(zip(FORMATS, colors, strict=True))
     with picture("formats", title, note, 3.7, (1, 2), width=8.6) as (_, (left, right)):
         for y, (name, color) in enumerate(looks.items()):
             own = [row for row in rows if row["format"] == name]
@@ -137,7 +108,7 @@ def draw():
                 points = sorted((row["bits"], row["output error, %"]) for row in part)
                 means = [sum(errors) / len(errors) for _, errors in points]
                 style = {"mfc": "none", "ls": "--"} if double else {"label": name}
-                left.plot([x for x, _ in points], means, "o-", color=color, ms=5, **style)
+                left.plot([x for x, _ in points], means, marker="o", color=color, ms=5, **style)
             for row in (row for row in own if row["size"] == 64):
                 mean, low, high = row["perplexity, % more"]
                 place = y + (0.16 if row["double"] else -0.16)
@@ -153,7 +124,7 @@ def draw():
         left.legend(fontsize=8)
         left.grid(axis="y")
         right.set_yticks(range(len(looks)), list(looks))
-        right.invert_yaxis()
+        right.set_ylim(len(looks) - 0.5, -0.5)
         right.tick_params(axis="y", length=0)
         right.set_xlim(left=0)
         right.grid(axis="x")

@@ -1,6 +1,6 @@
 """Claim 1b. Is HiRA's high rank used? Cut a trained update to a low rank and score it again.
 
-    python -m study.claims.idle_rank FOLDER...     of LoRA's and HiRA's adapters on SST-2; seconds each
+    python -m study.claims.idle_rank FOLDER...     of adapters on SST-2; seconds for each
 
 If the best matrix of rank r does the work of HiRA's whole update, the rest of its rank was idle.
 """
@@ -15,7 +15,8 @@ import hira
 import lora
 from harness import models
 from harness.store import load_adapter
-from study.claims.expressive import best_lora, score
+from study.claims.expressive import score
+from study.claims.projection import best_lora
 from study.claims.shared import COLORS, RESULTS, SST2, load, picture, prepare, save, set_weights
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)

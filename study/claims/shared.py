@@ -6,8 +6,6 @@ import math
 import tempfile
 from pathlib import Path
 
-import torch
-
 import common
 from harness import flags, models, process
 from harness.plots import FAINT, INK, LOOKS
@@ -48,10 +46,10 @@ def interval(values):
     """[mean, low, high] of independent values: a 95 % t interval."""
     from scipy.stats import t
 
-    n, mean = len(values), sum(values) / len(values)
-    error = math.sqrt(sum((x - mean) ** 2 for x in values) / max(1, n - 1) / n)
+    n, middle = len(values), mean(values)
+    error = math.sqrt(sum((x - middle) ** 2 for x in values) / max(1, n - 1) / n)
     half = t.ppf(0.975, n - 1) * error if n > 1 else math.nan
-    return [mean, mean - half, mean + half]
+    return [middle, middle - half, middle + half]
 
 
 def save(name, numbers):
@@ -66,12 +64,29 @@ def load(name):
 
 
 def rounded(value):
-    """The same with five significant digits: more would be noise in a file under version control."""
+    """The same with five significant digits."""
     if isinstance(value, dict):
         return {str(key): rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def table(head, rows):
+    """A Markdown table; the first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def span(values, pattern="{:+.2f}"):
+    """[mean, low, high] as words."""
+    mean, low, high = (pattern.format(x).replace("-", "−") for x in values)
+    return f"{mean} ({low} to {high})" if math.isfinite(values[1]) else f"{mean} (one seed)"
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
 
 
 @contextlib.contextmanager
@@ -89,7 +104,8 @@ def picture(name, title, note, height, panels=(1, 1), width=6.8, **more):
     with matplotlib.rc_context(matplotlib.rcParamsDefault | style):
         figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
         figure.get_layout_engine().set(rect=(0.005, 0.01, 0.985, 0.985 - 0.6 / height))
-        figure.text(0.012, 1 - 0.08 / height, title, va="top", size=12, weight="bold")
+        size = min(12, 112 * width / len(title))  # a long title still fits in a line
+        figure.text(0.012, 1 - 0.08 / height, title, va="top", size=size, weight="bold")
         figure.text(0.012, 1 - 0.36 / height, note, va="top", size=9)
         yield figure, figure.subplots(*panels, **more)
         figure.savefig(RESULTS / f"{name}.png", transparent=True, metadata={"Software": None})
