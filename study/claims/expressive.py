@@ -88,16 +88,16 @@ def project(folder):
 
 
 def main(folders):
+    """Fit the made targets and the changes of these runs."""
     made = {}
     for name, (E, W0) in made_targets().items():
-        captured = {"lora": energy(best_lora(E, RANK), E)}
-        captured["hira"] = best_hira(E, W0, RANK, steps=200, starts=4)[1][-1]
-        made[name] = captured
-        print(name, captured, flush=True)
-    runs = []
+        made[name] = {"lora": energy(best_lora(E, RANK), E)}
+        made[name]["hira"] = best_hira(E, W0, RANK, steps=200, starts=4)[1][-1]
+    numbers = {"rank": RANK, "made": made, "runs": []}
+    save("expressive", numbers)
     for folder in folders:
-        runs.append(project(Path(folder)))
-        save("expressive", {"rank": RANK, "made": made, "runs": runs})
+        numbers["runs"].append(project(Path(folder)))
+        save("expressive", numbers)
 
 
 def draw():
@@ -109,9 +109,9 @@ def draw():
         energies = [[e for run in own for e in run["energy"][f"{m} 8"].values()] for m in NAMES]
         if own:
             bars[name] = [sum(part) / len(part) for part in energies]
-    title = "What fine-tuning really changes, LoRA can express and HiRA cannot"
+    title = "What fine-tuning really changes fits into LoRA, and hardly into HiRA"
     note = (
-        "Share of a wanted update that fits into rank 8, equally many weights. Right: put to use."
+        "Left: share of a wanted update that fits into rank 8. Right: the fitted change put to use."
     )
     with picture("expressive", title, note, 3.9, (1, 2), width=9.4) as (_, (left, right)):
         for i, (method, label) in enumerate(NAMES.items()):
@@ -124,20 +124,25 @@ def draw():
         left.invert_yaxis()
         left.tick_params(axis="y", length=0)
         left.set_xlabel("energy captured, %")
-        left.legend(loc="lower right")
+        left.legend(loc="center right")
         runs = [run for run in numbers["runs"] if run["dataset"] == "sst2"]
-        for key, label in (("whole", "whole change"), ("none", "no change of these layers")):
-            mean = 100 * sum(run[key]["accuracy"] for run in runs) / len(runs)
-            right.axhline(mean, color=INK, ls="--" if key == "whole" else ":", lw=1.2)
-            right.text(RANKS["sst2"][0], mean, label, va="bottom", size=8)
-        for method in NAMES:
-            for run in runs:
-                dev = [100 * run["dev"][f"{method} {rank}"]["accuracy"] for rank in RANKS["sst2"]]
-                right.plot(RANKS["sst2"], dev, "o-", color=COLORS[method], alpha=0.8, ms=5)
+        for run in runs:
+            best = run["whole"]["accuracy"]
+            for method in NAMES:
+                scores = [run["dev"][f"{method} {rank}"]["accuracy"] for rank in RANKS["sst2"]]
+                points = [100 * (score - best) for score in scores]
+                right.plot(RANKS["sst2"], points, "o-", color=COLORS[method], alpha=0.8, ms=5)
+            without = 100 * (run["none"]["accuracy"] - best)
+            right.axhline(without, color=INK, ls=":", lw=1)
+            right.text(
+                RANKS["sst2"][-1], without, "no change of these layers", va="bottom", ha="right"
+            )
+        right.axhline(0, color=INK, ls="--", lw=1.2)
+        right.text(RANKS["sst2"][0], 0.2, "the whole change")
         right.set_xscale("log", base=2)
         right.set_xticks(RANKS["sst2"], RANKS["sst2"])
         right.set_xlabel("rank of the projected change")
-        right.set_ylabel("dev accuracy on SST-2, %")
+        right.set_ylabel("points of dev accuracy")
         right.grid(axis="y")
 
 

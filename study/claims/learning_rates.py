@@ -72,31 +72,31 @@ def measure():
 
 
 def draw():
-    """Best learning rate over the size of a step, and over the rank."""
-    rows = [row for row in load("learning_rates")["rows"] if "step" in row]
-    markers = {"sst2": "o", "imdb": "s", "wikitext2": "^"}
-    title = "The smaller the step of a method, the higher its best learning rate"
-    note = "Best learning rate over how far a step moves the weights; bars: 95 % over seeds."
-    with picture("learning_rates", title, note, 4.1, (1, 2), width=9.4) as (_, (left, right)):
+    """Best learning rate over the size of a step, and over the rank, on SST-2."""
+    rows = [row for row in load("learning_rates")["rows"] if row["dataset"] == "sst2"]
+    title = "A method with smaller steps wants a higher learning rate, but not in proportion"
+    note = "Tuned on SST-2; bars: 95 % over seeds. Dashed: every method moves W as far as LoRA."
+    with picture("learning_rates", title, note, 3.9, (1, 2), width=9.4) as (_, (left, right)):
+        [start] = [row for row in rows if (row["method"], row["rank"]) == ("lora", 8)]
         for row in rows:
             mean, *ends = row["best lr"]
-            color, marker = COLORS[row["method"]], markers[row["dataset"]]
-            hollow = "none" if row["rank"] not in (8, None) else color
+            color, label = COLORS[row["method"]], LABELS[row["method"]]
             left.plot([row["step"]] * 2, ends, color=color, lw=1, alpha=0.6)
-            left.plot(row["step"], mean, marker, color=color, mfc=hollow, ms=6)
-        [start] = [r for r in rows if (r["dataset"], r["method"], r["rank"]) == ("sst2", "lora", 8)]
+            left.plot(row["step"], mean, "o", color=color, ms=6)
+            if row["method"] in ("full", "lora", "hira"):
+                spot = {"textcoords": "offset points", "color": color}
+                if row["rank"] in (8, None):
+                    label += ", QLoRA, pruned, contextual" * (row is start)
+                    left.annotate(label, (row["step"], mean), (8 * (row is start), 13), **spot)
+                if row["rank"]:
+                    left.annotate(f"r={row['rank']}", (row["step"], mean), (5, -13), size=8, **spot)
         ends = [end(row["step"] for row in rows) for end in (min, max)]
         line = [start["best lr"][0] * start["step"] / x for x in ends]
-        left.plot(ends, line, "--", color=INK, lw=1, label="as far a step as LoRA's on SST-2")
-        for method in dict.fromkeys(row["method"] for row in rows):
-            left.plot([], [], "o", color=COLORS[method], label=LABELS[method])
-        for dataset, marker in markers.items():
-            name = {"sst2": "SST-2", "imdb": "IMDB", "wikitext2": "WikiText-2"}[dataset]
-            left.plot([], [], marker, color=INK, mfc="none", label=name)
-        left.legend(fontsize=7)
-        left.set_xlabel("change of W after one step, RMS, per unit of learning rate")
+        left.plot(ends, line, "--", color=INK, lw=1)
+        left.set_xlim(ends[0] / 1.5, ends[1] * 3)
+        left.set_xlabel("RMS change of W after one step, per unit of learning rate")
         for method, power in (("lora", 0.5), ("hira", -0.5)):
-            part = [r for r in rows if (r["dataset"], r["method"]) == ("sst2", method)]
+            part = [row for row in rows if row["method"] == method]
             part.sort(key=lambda row: row["rank"])
             means, ranks = [row["best lr"][0] for row in part], [row["rank"] for row in part]
             bars = [[abs(row["best lr"][i] - row["best lr"][0]) for row in part] for i in (1, 2)]
@@ -104,10 +104,10 @@ def draw():
             right.errorbar(ranks, means, bars, fmt="o-", color=COLORS[method], label=label)
             same = [means[1] * (rank / 8) ** power for rank in ranks]
             right.plot(ranks, same, "--", color=COLORS[method], lw=1)
-        right.plot([], [], "--", color=INK, label="the same step at every rank")
+        right.plot([], [], "--", color=INK, label="as far a step as at rank 8")
         right.set_xscale("log", base=2)
         right.set_xticks(ranks, ranks)
-        right.set_xlabel("rank, on SST-2")
+        right.set_xlabel("rank")
         right.legend(fontsize=8)
         left.set_xscale("log")
         for axes in (left, right):

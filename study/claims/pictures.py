@@ -43,7 +43,6 @@ def trained(script, lr, look=None):
     return layers
 
 
-@torch.no_grad()
 def spectra():
     """LoRA and HiRA: the singular values of the trained update."""
     title = "From equally many numbers: LoRA's update has 8 directions, HiRA's has all"
@@ -54,7 +53,9 @@ def spectra():
             (hira, "1.5e-2", "HiRA, rank 8"),
         ):
             layer = trained(script, lr)[0]
-            values = torch.linalg.svdvals(layer.merged_weight() - models.weight_of(layer.base))
+            values = torch.linalg.svdvals(
+                (layer.merged_weight() - models.weight_of(layer.base)).detach()
+            )
             values = (values / values[0]).clamp(min=1e-5)
             above = int((values > 1e-4).sum())
             style = {
@@ -94,7 +95,7 @@ def masks():
             shots[step] = layers[0].mask_A[:, :96].clone()
 
     trained(sparse_lora, "1.5e-3", look)
-    title = "Sparse LoRA: the smallest numbers of A and B are set to zero, step by step"
+    title = "Sparse LoRA sets the smallest numbers of A and B to zero, step by step"
     note = "A of the first query layer: 8 rows, 96 of its 384 columns. White: pruned."
     with picture("method-pruned", title, note, 3.2, (len(LOOKS), 1)) as (_, panels):
         for axes, (step, mask) in zip(panels, shots.items(), strict=True):

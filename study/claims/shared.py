@@ -19,8 +19,8 @@ WIKITEXT2 = WIKITEXT2.split()
 
 
 def prepare(script, words, seed=0):
-    """A run of a method script that writes nothing: (run, data, base), the base not yet adapted."""
-    words = [*words, "--seeds", seed, "--out", tempfile.gettempdir(), "--force"]
+    """A run of a method script that writes no result: (run, data, base), the base not adapted."""
+    words = [*words, "--seeds", seed, "--out", tempfile.mkdtemp()]  # empty: no old checkpoint
     args = flags.parse_args(script.__doc__, script.__file__, script.add_args, words)
     process.choose_device(args)
     [run] = flags.runs(args)

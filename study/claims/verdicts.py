@@ -93,13 +93,18 @@ def memory():
         own = {(row["recomputed"], row["tokens"]): row for row in rows if row["shape"] == shape}
         saved = [1 - own[way]["qlora GiB"] / own[way]["lora GiB"] for way in ways]
         lines.append([shape, *(f"{100 * part:.0f}" for part in saved)])
-    for again, tokens in ways:
-        part = [r for r in rows if (r["recomputed"], r["tokens"]) == (again, tokens)]
-        shapes = [row["shape"] for row in part if row["qlora GiB"] < 0.75 * row["lora GiB"]]
-        way = f"{tokens:,} tokens{', recomputed' * again}"
-        verdicts.append(f"{shapes[0] if shapes else 'no size here'} ({way})")
+    for tokens in sorted({row["tokens"] for row in rows}):
+        sizes = []
+        for again in (False, True):
+            part = [r for r in rows if (r["recomputed"], r["tokens"]) == (again, tokens)]
+            enough = [row["shape"] for row in part if row["qlora GiB"] < 0.75 * row["lora GiB"]]
+            sizes.append(enough[0] if enough else "no size here")
+        verdicts.append(f"with {tokens:,} tokens a batch {sizes[0]} ({sizes[1]} if recomputed)")
     head = ["saved, %", *(f"{tokens:,} tokens{', recomputed' * again}" for again, tokens in ways)]
-    return f"{table(head, lines)}\n\n**It saves a quarter or more from** {'; '.join(verdicts)}."
+    return (
+        f"{table(head, lines)}\n\n**From which size does QLoRA save a quarter or more?** "
+        f"{'; '.join(verdicts)}."
+    ).replace("? with", "? With")
 
 
 def channels():
