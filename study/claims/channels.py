@@ -3,8 +3,9 @@
     python -m study.claims.channels          two minutes
 
 What a tenth of a block's feed-forward channels computes of all energy, the sum of squares after the
-activation: chosen by the paper's rank-8 SVD, by our sample of 128 tokens (contextual_lora.py), with
-the exact energies of the whole batch, or at random.
+activation: chosen by the paper's rank-8 SVD, by the energies of a sample of tokens (ours, in
+contextual_lora.py), by those of the whole batch, or at random. channel_energy.py beside this asks
+how large the sample must be.
 """
 
 import torch
@@ -69,7 +70,11 @@ def draw():
         "Share of the energy that 10 % of a block's feed-forward channels hold; mean of 6 batches."
     )
     looks = {"exact": ("best possible choice", INK, "--"), "chance": ("at random", INK, ":")}
-    looks["sample"] = "exact scores on 128 sampled tokens (ours)", COLORS["contextual_lora"], "o-"
+    looks["sample"] = (
+        f"exact scores on {numbers['sampled']} sampled tokens (ours)",
+        COLORS["contextual_lora"],
+        "o-",
+    )
     looks["svd"] = "rank-8 SVD of the weight (paper)", COLORS["hybrid"], "s-"
     names = {"sst2": "all-MiniLM-L6-v2, SST-2", "wikitext2": "minilm-mlm, WikiText-2"}
     with picture("channels", title, note, 3.6, (1, 2), width=8.6, sharey=True) as (figure, panels):
@@ -89,7 +94,8 @@ def draw():
 def main():
     """Measure on both bases."""
     shares = {"sst2": energy(SST2), "wikitext2": energy(WIKITEXT2)}
-    save("channels", {"keep": KEEP, "batches": BATCHES, "shares": shares})
+    settings = {"keep": KEEP, "batches": BATCHES, "sampled": SAMPLED}
+    save("channels", settings | {"shares": shares})
 
 
 if __name__ == "__main__":

@@ -36,18 +36,16 @@ def tuned():
     for path in [*STUDY.glob("*.jsonl"), *STUDY.glob("variants/*.jsonl")]:
         for line in path.read_text().splitlines():
             run = json.loads(line)
-            settings, name = run["settings"], run["name"].replace("sparse_lora-", "")
-            method = "contextual_lora" if name.startswith("contextual") else run["method"]
+            settings, method = run["settings"], run["method"]
             rank = settings.get("rank")
-            plain = name in (run["method"], method, "contextual", f"{method}-rank{rank}")
-            if not plain or method not in SCRIPTS or run["untrained"]:
+            plain = run["name"] in (method, f"{method}-rank{rank}") and method in SCRIPTS
+            if not plain or run["untrained"] or run["diverged"]:
                 continue
             key = (run["dataset"], run["model"], method, rank)
             group = groups.setdefault(key, {"settings": settings, "seeds": {}})
             loss = run["metrics"]["dev"]
             value = loss["accuracy"] if "accuracy" in loss else -loss["loss"]
-            if math.isfinite(value) and not run.get("diverged"):
-                group["seeds"].setdefault(run["seed"], {})[run["lr"]] = value
+            group["seeds"].setdefault(run["seed"], {})[run["lr"]] = value
     rows = []
     for key, group in sorted(groups.items(), key=str):
         best = [max(dev, key=dev.get) for _, dev in sorted(group["seeds"].items())]

@@ -45,7 +45,6 @@ def peak(script, config, batch_size, checkpointing):
         with FakeTensorMode(allow_non_fake_inputs=True):
             base, batch = fake_base(run)
             method = script.adapt(run, base)
-            base.model.to = lambda device: base.model  # fake tensors need not move
             common.place(run, base)
 
             def backward():

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import common
 from harness import flags, models, process
-from harness.plots import FAINT, INK, LOOKS
+from report.plots import FAINT, INK, LOOKS
 
 RESULTS = Path(__file__).parent / "results"
-COLORS = {method: color for method, (color, _) in LOOKS.items()} | {"contextual_lora": "#c94f3d"}
+COLORS = {method: color for method, (color, _) in LOOKS.items()}
 SST2 = "--dataset sst2 --model models/all-MiniLM-L6-v2 --train_samples 8000 --heldout 3000"
 SST2 = f"{SST2} --head_lr 1e-2 --precision fp32".split()
 WIKITEXT2 = "--dataset wikitext2 --model models/minilm-mlm --train_samples 1000 --precision fp32"

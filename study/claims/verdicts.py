@@ -104,7 +104,7 @@ def memory():
     return (
         f"{table(head, lines)}\n\n**From which size does QLoRA save a quarter or more?** "
         f"{'; '.join(verdicts)}."
-    ).replace("? with", "? With")
+    )
 
 
 def channels():
