@@ -84,7 +84,7 @@ def draw():
             if row["method"] in ("full", "lora", "hira"):
                 spot = {"textcoords": "offset points", "color": color}
                 if row["rank"] in (8, None):
-                    label += ", QLoRA, pruned, contextual" * (row is start)
+                    label += " and its variants" * (row is start)
                     left.annotate(label, (row["step"], mean), (8 * (row is start), 13), **spot)
                 if row["rank"]:
                     left.annotate(f"r={row['rank']}", (row["step"], mean), (5, -13), size=8, **spot)

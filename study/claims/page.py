@@ -8,6 +8,7 @@ from pathlib import Path
 
 from study.claims import (
     channels,
+    cost_verdicts,
     expressive,
     formats,
     idle_rank,
@@ -19,13 +20,14 @@ from study.claims import (
 
 PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
 SCRIPTS = (expressive, idle_rank, formats, memory, channels, step_times, learning_rates)
+WORDS = vars(verdicts) | vars(cost_verdicts)
 
 
 def filled(text):
     """The page with what the numbers give between its marks, one for each script."""
     for script in SCRIPTS:
         name = script.__name__.rsplit(".", 1)[1]
-        words = getattr(verdicts, name)()
+        words = WORDS[name]()
         mark = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         text = mark.sub(lambda match, words=words: f"{match[1]}\n{words}\n\n{match[2]}", text)
     return text

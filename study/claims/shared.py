@@ -11,6 +11,7 @@ from harness import flags, models, process
 from report.plots import FAINT, INK, LOOKS
 
 RESULTS = Path(__file__).parent / "results"
+WAITS = "*Not measured yet: see [run.sh](../study/claims/run.sh).*"
 COLORS = {method: color for method, (color, _) in LOOKS.items()}
 SST2 = "--dataset sst2 --model models/all-MiniLM-L6-v2 --train_samples 8000 --heldout 3000"
 SST2 = f"{SST2} --head_lr 1e-2 --precision fp32".split()
@@ -82,6 +83,12 @@ def span(values, pattern="{:+.2f}"):
     """[mean, low, high] as words."""
     mean, low, high = (pattern.format(x).replace("-", "−") for x in values)
     return f"{mean} ({low} to {high})" if math.isfinite(values[1]) else f"{mean} (one seed)"
+
+
+def decided(difference, above, below):
+    """`above` or `below` for a difference [mean, low, high] beyond zero, else that it is open."""
+    low, high = difference[1:]
+    return above if low > 0 else below if high < 0 else "this does not decide"
 
 
 def mean(values):
