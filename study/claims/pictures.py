@@ -122,8 +122,8 @@ def channels():
         common.forward(base, batches.collate(data, data.train, examples, targets))
         picked.append(set(block.picked.tolist()))
     shared = [len(a & b) / len(a) for a in picked for b in picked if a is not b]
-    title = "Contextual LoRA computes a tenth of the channels, others for each batch"
-    note = f"First 384 of a layer's 1,536 channels. Two batches share {100 * median(shared):.0f} %"
+    title = "Contextual LoRA computes a tenth of the channels, partly others in each batch"
+    note = f"First 384 of a layer's 1,536 channels. Two batches share {100 * median(shared):.0f} %."
     with picture("method-channels", title, note, 2.2, (3, 1)) as (_, panels):
         for i, (axes, kept) in enumerate(zip(panels, picked, strict=True)):
             own = sorted(c for c in kept if c < 384)
