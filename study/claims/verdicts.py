@@ -33,6 +33,7 @@ def expressive():
         words = decided(
             ahead, "LoRA can express this change, HiRA less", "HiRA expresses it better"
         )
+        words = words if len(runs) > 1 else "one seed, so no verdict yet"
         lora, hira, none = (span(interval(values)) for values in change.values())
         lines.append(
             f"- **{word}: {words}.** Against the whole change, LoRA's rank 8 scores {lora} {unit}, "
