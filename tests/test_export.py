@@ -39,7 +39,7 @@ def test_the_library_loads_it_and_gives_our_logits(
     words += ["--max_steps", 3, "--lr", 0.02, "--export", tmp_path / "whole", *flags]
     run, data, base, method = ready(module, tmp_path, *words)
     start = {name: tensor.clone() for name, tensor in common.trained_tensors(base.model).items()}
-    module.train(base, data, run, method)
+    module.train(run, data, base, method)
     export.export(run, base)
     loaded, info = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
         tmp_path / "whole", output_loading_info=True
@@ -53,7 +53,7 @@ def test_the_library_loads_it_and_gives_our_logits(
     @torch.no_grad()
     def theirs(model):
         logits = model.eval()(input_ids=batch.ids, attention_mask=batch.mask).logits
-        return logits if task == "classification" else logits.flatten(0, 1)[batch.read]
+        return logits if task == "classification" else logits.flatten(0, 1)[batch.output_positions]
 
     base.model.eval()
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_an_adapter_on_a_tied_head_leaves_the_embedding_alone(
     ids = torch.arange(5, 17)[None]
     with torch.no_grad():
         theirs, read = loaded.eval()(ids).logits[0], torch.arange(12)
-        ours = common.forward(base, common.Batch(ids, None, read, read, read))
+        ours = common.forward(base, common.Batch(ids, None, None, read, read, read))
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
     embedding = loaded.get_input_embeddings().weight
     assert torch.equal(embedding, base.model.get_input_embeddings().weight)
@@ -97,7 +97,7 @@ def test_the_size_told_is_that_of_the_file(models, reviews, tmp_path, capsys):
     small.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     words = ["--dataset", reviews, "--model", folder, "--max_length", 24, "--max_steps", 1]
-    words += ["--out", tmp_path, "--export", tmp_path / "whole", "--no_timing"]
+    words += ["--out", tmp_path, "--export", tmp_path / "whole"]
     lora.main([*map(str, words)])
     size = (tmp_path / "whole" / "model.safetensors").stat().st_size / 2**20
     told = re.search(r"([\d.]+) MiB, bfloat16", capsys.readouterr().out)[1]
@@ -105,14 +105,14 @@ def test_the_size_told_is_that_of_the_file(models, reviews, tmp_path, capsys):
 
 
 def test_pipeline_knows_the_label_names(models, tmp_path):
-    words = ["--dataset", "demo", "--max_steps", 2, "--no_timing", "--export", tmp_path / "whole"]
+    words = ["--dataset", "demo", "--max_steps", 2, "--export", tmp_path / "whole"]
     lora.main([*map(str, words), "--model", models("bert"), "--out", str(tmp_path)])
     classify = transformers.pipeline("text-classification", str(tmp_path / "whole"))
     assert classify("a great film")[0]["label"] in ("negative", "positive")
 
 
 def test_from_a_saved_adapter(models, reviews, tmp_path):
-    words = [*rows_flags(models, reviews), "--max_steps", 3, "--no_timing", "--out", tmp_path]
+    words = [*rows_flags(models, reviews), "--max_steps", 3, "--out", tmp_path]
     lora.main([*map(str, words), "--export", str(tmp_path / "a")])
     [adapter] = tmp_path.glob("*-seed0/")
     lora.main([*map(str, words), "--eval_only", str(adapter), "--export", str(tmp_path / "b")])
@@ -126,7 +126,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(
     folder = tmp_path / "whole"
     folder.mkdir()
     (folder / "mine.txt").write_text("kept")
-    words = [*rows_flags(models, reviews), "--max_steps", 1, "--no_timing", "--out", tmp_path]
+    words = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
     code, error = ended(capfd, lora, *words, "--export", folder)
     assert code == 2 and "not an empty folder" in error and (folder / "mine.txt").exists()
     code, error = ended(capfd, lora, *words, "--export", folder, "--force")

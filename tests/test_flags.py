@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import EVERY, ended, rows_flags
 
-import common
+import baseline
+import contextual_lora
 import hira
 import hybrid
 import lora
@@ -27,7 +28,7 @@ def parsed(module, *words):
 @pytest.fixture
 def good(models, reviews, tmp_path):
     """A command line that works; tests spoil one thing of it."""
-    words = [*rows_flags(models, reviews), "--max_steps", 2, "--no_timing"]
+    words = [*rows_flags(models, reviews), "--max_steps", 2]
     return [*map(str, words), "--out", str(tmp_path / "out")]
 
 
@@ -80,10 +81,10 @@ def test_search_is_rates_a_factor_of_2_apart_around_the_default(number, rates):
         (lora, ["--epochs", 0], "lora-untrained"),
         (lora, ["--rank", 2, "--name", "mine"], "mine"),
         (qlora, ["--no_double_quant"], "qlora-no_double_quant"),
-        (sparse_lora, ["--mode", "contextual"], "sparse_lora-contextual"),
+        (contextual_lora, ["--dense_layers", 1], "contextual_lora-dense_layers1"),
         (sparse_lora, ["--structure", "rank", "--sparsity", 0.25], "sparse_lora-sparsity0.25-rank"),
-        (common, [], "head_only"),
-        (common, ["--full"], "full"),
+        (baseline, [], "head_only"),
+        (baseline, ["--full"], "full"),
     ],
 )
 def test_names_say_what_is_not_at_its_default(module, words, name):
@@ -130,7 +131,7 @@ def test_one_folder_is_one_name(models, reviews, tmp_path, monkeypatch):
     (tmp_path / "my").symlink_to(reviews)
     monkeypatch.chdir(tmp_path)
     words = ["--model", models("distilbert"), "--max_length", "24", "--max_steps", "1"]
-    words += ["--no_timing", "--out", "out"]
+    words += ["--out", "out"]
     assert lora.main(["--dataset", "my", *words])
     for same in ("my/", "./my"):
         assert lora.main(["--dataset", same, *words]) == []
@@ -169,23 +170,14 @@ def test_every_wrong_word_is_one_line(what, good, capfd):
     assert code == 2 and named in error
 
 
-def test_flags_of_the_other_mode_are_refused(good, capfd):
-    pruning = {"sparsity": 0.3, "structure": "rank", "penalty": 1}
-    contextual = {"channel_sparsity": 0.3, "dense_layers": 1, "dense_tokens": "none"}
-    contextual |= {"estimator": "svd"}
-    for module, mode, idle in (
-        (sparse_lora, ["--mode", "contextual"], pruning),
-        (sparse_lora, ["--mode", "prune"], contextual),
-        (hybrid, ["--update", "hira"], contextual | {"alpha": 3}),
-    ):
-        for flag, value in idle.items():
-            code, error = ended(capfd, module, *good, *mode, f"--{flag}", value)
-            assert (
-                code == 2 and f"--{flag} {value}" in error and f"not with {' '.join(mode)}" in error
-            )
+def test_flags_of_the_other_update_are_refused(good, capfd):
+    idle = {"channel_sparsity": 0.3, "dense_layers": 1, "dense_tokens": "none"}
+    for flag, value in (idle | {"estimator": "svd", "alpha": 3}).items():
+        code, error = ended(capfd, hybrid, *good, "--update", "hira", f"--{flag}", value)
+        assert code == 2 and f"--{flag} {value}: not with --update hira" in error
 
 
-@pytest.mark.parametrize("name", ["lora", "hira", "qlora", "sparse_lora", "hybrid", "common"])
+@pytest.mark.parametrize("name", ["lora", "hira", "qlora", "sparse_lora", "hybrid", "contextual_lora", "baseline"])
 def test_help_is_quick_and_says_each_default(name, capsys):
     module = importlib.import_module(name)
     with pytest.raises(SystemExit) as stop:

@@ -107,7 +107,7 @@ def test_an_unreachable_hub_is_asked_once_and_briefly(monkeypatch):
 
 
 def test_only_our_own_lines_reach_the_terminal(models, reviews, tmp_path):
-    words = [*rows_flags(models, reviews), "--max_steps", 2, "--no_timing"]
+    words = [*rows_flags(models, reviews), "--max_steps", 2]
     status, out, error = process(tmp_path, *words)
     assert status == 0 and error == ""
     starts = [

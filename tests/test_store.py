@@ -16,6 +16,7 @@ import torch
 from conftest import EVERY, ended, oracle, ready, result_of, rows_flags, text_flags, weights
 from safetensors.torch import load_file, save_file
 
+import baseline
 import common
 import lora
 import qlora
@@ -46,13 +47,13 @@ def test_result_file_says_what_ran(name, models, reviews, tmp_path):
     result, path = result_of(module, tmp_path, *words)
     text = path.read_text()
     assert text.count("\n") == 1 and "/" not in text.replace("/s", "").split('"environment"')[0]
-    assert result["schema"] == 2 and result["seed"] == 0 and not result["untrained"]
+    assert result["schema"] == 3 and result["seed"] == 0 and not result["untrained"]
     assert (
         path.name == f"reviews-{result['name']}-{Path(words[3]).name}-lr{result['lr']:g}-seed0.json"
     )
     sizes = result["data"]
     assert sizes["test"] == sizes["official"] + 20 and sizes["train"] + sizes["dev"] <= 120 - 20
-    bits = np.frombuffer(base64.b64decode(result["rows"]["correct"]), np.uint8)
+    bits = np.frombuffer(base64.b64decode(result["test_examples"]["correct"]), np.uint8)
     right = np.unpackbits(bits)[: sizes["test"]]
     assert right.mean() == pytest.approx(result["metrics"]["test"]["accuracy"])
     assert right[: sizes["official"]].mean() == pytest.approx(
@@ -64,7 +65,7 @@ def test_result_file_says_what_ran(name, models, reviews, tmp_path):
     assert result["disk"]["adapter"] == sum(
         f.stat().st_size for f in path.with_suffix("").iterdir()
     )
-    assert None not in (result["settings"].get("targets", 0), result["settings"].get("alpha", 0))
+    assert result["settings"].get("targets") is None
     train, inference = result["memory"]["train"], result["memory"]["inference"]
     assert train["optimizer"] > 0 == inference["optimizer"]
     if name != "head only":  # its steps keep no activations, and the test rows here are longer
@@ -75,7 +76,7 @@ def test_result_file_says_what_ran(name, models, reviews, tmp_path):
 def test_blocks_of_running_text_keep_their_losses(models, text_dir, tmp_path):
     words = [*text_flags(models, text_dir), "--max_steps", 2]
     result, _ = result_of(lora, tmp_path, *words)
-    nll, scored = (np.array(result["rows"][key]) for key in ("nll", "scored"))
+    nll, scored = (np.array(result["test_examples"][key]) for key in ("nll", "scored"))
     assert len(nll) == len(scored) == result["data"]["test"]
     perplexity = result["metrics"]["test"]["mlm_perplexity"]
     # Stored with three decimals: a block's loss is dozens.
@@ -118,15 +119,15 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", full)
-    words = [*rows_flags(models, reviews), "--max_steps", 4, "--save_every", 2, "--no_timing"]
+    words = [*rows_flags(models, reviews), "--max_steps", 4, "--save_every", 2]
     code, error = ended(capfd, lora, *words, "--out", tmp_path)
     assert code == 1 and "No space left on device" in error and "--out" in error
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob("*.json"))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flags": 3}', '{"schema": 1}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"settings": 3}', '{"schema": 1}'])
 def test_a_file_in_the_way_is_named(content, models, reviews, tmp_path, capfd):
-    words = [*rows_flags(models, reviews), "--max_steps", 1, "--no_timing", "--out", tmp_path]
+    words = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
     [path] = lora.main([*map(str, words)])
     path.write_text(content)
     code, error = ended(capfd, lora, *words)
@@ -149,7 +150,7 @@ def test_peft_adapters_load_here(name, kind, models, reviews, tmp_path):
         run.model, num_labels=2, dtype=torch.float32
     )
     theirs.config.pad_token_id = data.pad
-    shared = {"r": 8, "target_modules": method["peft"]["target_modules"], "task_type": "SEQ_CLS"}
+    shared = {"r": 8, "target_modules": method.peft["target_modules"], "task_type": "SEQ_CLS"}
     if name == "hira":
         config = peft.HiraConfig(**shared)
     else:
@@ -176,9 +177,9 @@ def test_pruned_ranks_load_in_peft_and_here(models, reviews, tmp_path):
     peft = oracle("peft")
     words = [*rows_flags(models, reviews), "--structure", "rank", "--max_steps", 12, "--lr", 0.05]
     run, data, base, method = ready(sparse_lora, tmp_path, *words)
-    sparse_lora.train(base, data, run, method)
+    sparse_lora.train(run, data, base, method)
     store.save_adapter(run, base, method, data.task)
-    ranks = method["peft"]["rank_pattern"]
+    ranks = method.peft["rank_pattern"]
     assert sum(ranks.values()) == 4 * 8 // 2 and min(ranks.values()) >= 1
     batch, ours = batch_of(data), logits_of(base, batch_of(data))
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -203,7 +204,7 @@ def test_eval_only_scores_what_the_run_scored(
     words = rows_flags(models, reviews)
     if task == "mlm":
         words = text_flags(models, text_dir, "bert", "")
-    words = [*words, *flags, "--max_steps", 4, "--no_timing"]
+    words = [*words, *flags, "--max_steps", 4]
     [path] = module.main([*map(str, words), "--out", str(tmp_path)])
     line = capsys.readouterr().out.splitlines()[-2]
     assert "accuracy: dev" in line or "perplexity: dev" in line
@@ -216,7 +217,7 @@ def test_eval_only_scores_what_the_run_scored(
 @pytest.fixture(scope="module")
 def saved(models, reviews, tmp_path_factory):
     """(flags, folder of a LoRA adapter) of one short run."""
-    words = [*rows_flags(models, reviews), "--max_steps", 2, "--no_timing"]
+    words = [*rows_flags(models, reviews), "--max_steps", 2]
     [path] = lora.main([*map(str, words), "--out", str(tmp_path_factory.mktemp("saved"))])
     return words, path.with_suffix("")
 
@@ -298,7 +299,7 @@ def test_stopped_and_continued_equals_never_stopped(
     """Bit for bit, with dropout in base and adapter: curve, scores and what is saved."""
     module, flags = EVERY[name]
     words = [*rows_flags(models, reviews), *flags, "--max_steps", 7, "--batch_size", 16]
-    words += ["--base_dropout", 0.1] + (["--dropout", 0.1] if module is not common else [])
+    words += ["--base_dropout", 0.1] + (["--dropout", 0.1] if module is not baseline else [])
     whole, path = result_of(module, tmp_path / "whole", *words)
     gradient = common.gradient
     calls = []
@@ -311,13 +312,13 @@ def test_stopped_and_continued_equals_never_stopped(
 
     monkeypatch.setattr(common, "gradient", stopping)
     out = tmp_path / "stopped"
-    code, error = ended(capfd, module, *words, "--no_timing", "--out", out)
+    code, error = ended(capfd, module, *words, "--out", out)
     assert code == 128 + kind and "stopped at step 4 of 7" in error
     assert list(out.glob("*.checkpoint")) and not list(out.glob("*.json"))
     monkeypatch.setattr(common, "gradient", gradient)
     again, other = result_of(module, out, *words)
     assert "continuing at step 4" in capfd.readouterr().out
-    for key in ("curve", "metrics", "rows", "parameters", "info"):
+    for key in ("curve", "metrics", "test_examples", "parameters", "report"):
         assert again[key] == whole[key], key
     assert weights(other) == weights(path) and not list(out.glob("*.checkpoint"))
 
@@ -343,7 +344,7 @@ def test_what_is_trained_outlives_a_stop(
 
     monkeypatch.setattr(common, where, stopping)
     out = tmp_path / "stopped"
-    code, error = ended(capfd, module, *words, "--no_timing", "--out", out)
+    code, error = ended(capfd, module, *words, "--out", out)
     assert code == 128 + signal.SIGINT and "stopped" in error
     assert list(out.glob("*.checkpoint"))
     assert bool(list(out.glob("*.json"))) == (where == "count_memory")  # which has the scores
@@ -353,7 +354,7 @@ def test_what_is_trained_outlives_a_stop(
     again, other = result_of(module, out, *words)
     assert "continuing at step 3" in capfd.readouterr().out
     assert len(steps) == 3  # the trial of one row and the memory's two: none of training's
-    for key in ("curve", "metrics", "rows", "parameters", "info"):
+    for key in ("curve", "metrics", "test_examples", "parameters", "report"):
         assert again[key] == whole[key], key
     assert weights(other) == weights(path) and not list(out.glob("*.checkpoint"))
 
@@ -361,7 +362,7 @@ def test_what_is_trained_outlives_a_stop(
 @pytest.mark.parametrize("during", ["score", "count_memory"])
 def test_ctrl_c_after_training_is_one_line(during, models, reviews, tmp_path):
     """As a user types it: no result is left, or scores without costs; the same command goes on."""
-    words = [*rows_flags(models, reviews), "--max_steps", 1, "--no_timing", "--out", tmp_path / "o"]
+    words = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path / "o"]
     code = f"""
 import os, signal, sys
 import common, lora
@@ -438,7 +439,7 @@ def test_an_unusable_checkpoint_is_named_and_the_run_starts_afresh(
 
 def test_kill_9_loses_nothing(models, reviews, tmp_path):
     """A process killed without a word, twice, ends as one that was left alone."""
-    words = [*rows_flags(models, reviews), "--max_steps", 40, "--batch_size", 8, "--no_timing"]
+    words = [*rows_flags(models, reviews), "--max_steps", 40, "--batch_size", 8]
     whole, path = result_of(lora, tmp_path / "whole", *words)
     command = [sys.executable, ROOT / "lora.py", *words, "--save_every", 1, "--out", tmp_path / "b"]
     for _ in range(2):
@@ -452,6 +453,6 @@ def test_kill_9_loses_nothing(models, reviews, tmp_path):
         process.kill()
         process.wait()
     again, other = result_of(lora, tmp_path / "b", *words, "--save_every", 1)
-    for key in ("curve", "metrics", "rows"):
+    for key in ("curve", "metrics", "test_examples"):
         assert again[key] == whole[key], key
     assert weights(other) == weights(path)
