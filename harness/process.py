@@ -26,7 +26,12 @@ def first_line(error):
 
 
 def is_our_mistake(error):
-    """Whether an exception was raised in a line of this repository, not inside a library."""
+    """Whether an exception was raised in a line of this repository, not inside a library.
+
+    What the system refuses (OSError) is no mistake: the built-in functions have no line of theirs.
+    """
+    if isinstance(error, OSError):
+        return False
     frames = traceback.extract_tb(error.__traceback__)
     # A misspelled attribute of a module or a config: their own __getattr__ raises the error.
     file = Path([f for f in frames if not f.name.startswith("__getattr")][-1].filename).resolve()
@@ -74,13 +79,15 @@ def choose_device(args):
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    with library_errors(f"--device {name}: not available"):
+    try:
         kind = torch.device(name).type
         if kind == "cuda" and process_count() > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.empty(1, device=name).item()
         if kind == "cuda" and ":" in name:
             torch.cuda.set_device(name)  # or events and all-reduces would use the first GPU
+    except (RuntimeError, AssertionError) as error:  # torch's own; it has no line of its own
+        fail(f"--device {name}: not available ({first_line(error)})")
     if kind not in ("cpu", "cuda"):
         fail(f"--device {name}: only cpu and cuda are supported")
     args.device = name
