@@ -141,8 +141,10 @@ def number_as_head(run, rows, names):
 def check_files(name, folder):
     """Refuse an index that names other files than safetensors inside the model's own folder."""
     for index in Path(folder).glob("*.safetensors.index.json"):
-        with library_errors(f"--model {name}: {index.name} is not a list of files"):
+        try:
             files = {*map(str, json.loads(index.read_text())["weight_map"].values())}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            fail(f"--model {name}: {index.name} is not a list of files")
         for file in files:
             if Path(file).name != file or not file.endswith(".safetensors"):
                 fail(f"--model {name}: {index.name} names {file}, which is not in its folder")

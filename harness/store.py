@@ -102,6 +102,8 @@ def finished(run):
     checkpoint.
     """
     done = False
+    if run.path.with_suffix("").is_symlink():
+        fail(f"{run.path.with_suffix('')} is a link, and the adapter belongs there; remove it")
     if process_index() == 0 and os.path.lexists(run.path) and not run.force:
         try:
             result = read_object(run.path)
@@ -124,6 +126,8 @@ def finished(run):
         if done and run.export:
             add = f"add --eval_only {run.path.with_suffix('')} to export it"
             fail(f"{run.path} is there already; {add}, or --force to run it again")
+        if done:
+            say(f"{run.path} is there already; --force runs it again")
     return agree(done)
 
 
@@ -195,10 +199,9 @@ def misfit_of(state, run, data, base, optimizer):
     if shapes(state["model"]) != shapes(changing(base.model)):
         return "its weights are not those of this model"
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    for number, tensor in enumerate(tensors):  # AdamW keeps two moments of each
-        entry = state["optimizer"].get(number)
-        moments = shapes(entry) if isinstance(entry, dict) else {}
-        if [*moments.values()].count(tensor.shape) < 2:
+    entries = [state["optimizer"].get(number, {}) for number in range(len(tensors))]
+    for tensor, entry in zip(tensors, entries, strict=True):  # AdamW: a count and two moments
+        if "step" not in types(entry) or [*shapes(entry).values()].count(tensor.shape) < 2:
             return "its optimizer's state is not that of this model"
     history, total = state["history"], count_steps(run, data)
     kinds = {"step": int, "curve": list, "losses": list, "laps": list, "diverged": bool}
@@ -232,16 +235,15 @@ def base_identity(base, method):
 
 
 def save_adapter(run, data, base, method):
-    """Write adapter and head in PEFT's layout beside the result; returns their bytes on disk."""
+    """Write adapter and head in PEFT's layout beside the result."""
     folder, model = run.path.with_suffix(""), base.model
     tensors = {n: t.detach().cpu().contiguous() for n, t in adapter_tensors(model).items()}
     trained_on = {"base_sha256": base_identity(base, method), "classes": data.classes}
     with replacing(folder / "adapter_model.safetensors", "adapter") as path:
         # One key of metadata: two come in random order.
         save_file(tensors, path, metadata={"trained_on": json.dumps(trained_on)})
-    size = (folder / "adapter_model.safetensors").stat().st_size
     if not method.peft:
-        return size
+        return
     # PEFT saves and loads whole modules: a head's name below the base, "pooler" or "classifier".
     prefix = f"{model.base_model_prefix}."
     heads = sorted({name.removeprefix(prefix).split(".")[0] for name in base.head})
@@ -253,7 +255,6 @@ def save_adapter(run, data, base, method):
     config |= method.peft
     with replacing(folder / "adapter_config.json", "adapter") as path:
         path.write_text(json.dumps(config, indent=2) + "\n")
-    return size + (folder / "adapter_config.json").stat().st_size
 
 
 def read_adapter(folder, with_config):
@@ -310,7 +311,7 @@ def load_adapter(run, base, method):
         )
     if sha256 is None and method.base_format:
         say(f"{where}: scored on the base in {method.base_format}, as made here")
-    cut_ranks(where, config, stand_ins(model))
+    cut_ranks(where, config, ours.get("r"), ours.get("lora_alpha"), stand_ins(model))
     wanted = adapter_tensors(model)
     missing, unexpected = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
     if missing or unexpected:
@@ -328,27 +329,24 @@ def load_adapter(run, base, method):
         tensor.data.copy_(saved[name])
 
 
-def cut_ranks(where, config, layers):
-    """Cut A and B of `layers` {path: layer} to the config's rank_pattern, at the same scale.
+def cut_ranks(where, config, r, alpha, layers):
+    """Cut A and B of `layers` {path: layer} to the config's rank_pattern, at the same scale alpha/r.
 
     A pruned adapter has fewer components in some layers.
     """
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    for path in [*ranks, *alphas]:
-        own = (
-            path in layers
-            and isinstance(ranks, dict)
-            and isinstance(alphas, dict)
-            and type(rank := ranks.get(path, r)) is int
-            and 0 < rank <= r
-            and all(type(value) in (int, float) for value in (alpha, alphas.get(path, alpha)))
-            and math.isclose(alphas.get(path, alpha) / rank, alpha / r, rel_tol=1e-6)
-        )
-        if not own:
-            fail(f"{where}: its rank_pattern or alpha_pattern is not one of ours")
-        layers[path].A = nn.Parameter(layers[path].A[:rank].detach().clone())
-        layers[path].B = nn.Parameter(layers[path].B[:, :rank].detach().clone())
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    known = isinstance(ranks, dict) and isinstance(alphas, dict)
+    known = known and {*ranks, *alphas} <= (layers if alpha else {}).keys()
+    for path in {**ranks, **alphas} if known else ():
+        rank, scaled = ranks.get(path, r), alphas.get(path, alpha)
+        known = known and type(rank) is int and 0 < rank <= r
+        known = known and type(scaled) in (int, float) and 0 < scaled < 1e9
+        known = known and math.isclose(scaled / rank, alpha / r, rel_tol=1e-6)
+        if known:
+            layers[path].A = nn.Parameter(layers[path].A[:rank].detach().clone())
+            layers[path].B = nn.Parameter(layers[path].B[:, :rank].detach().clone())
+    if not known:
+        fail(f"{where}: its rank_pattern or alpha_pattern is not one of ours")
 
 
 # ------------------------------------------------------------------------------------ result file
@@ -402,14 +400,15 @@ def save_result(run, data, base, method, history, scores, costs=None):
     result |= {"memory": {}, "flops": {}, "inference": [], **(costs or {}), "report": report}
     result |= {"environment": environment(run), "command": run.command}
     result["created"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    adapter = save_adapter(run, data, base, method)
     if costs:
-        result["disk"] = {"adapter": adapter, **costs["disk"]}
+        size = sum(file.stat().st_size for file in run.path.with_suffix("").glob("adapter_*"))
+        result["disk"] = {"adapter": size, **costs["disk"]}
+    else:
+        save_adapter(run, data, base, method)
     with replacing(run.path, "result") as path:
         path.write_text(json.dumps(result) + "\n")
     if costs:
         run.path.with_suffix(".checkpoint").unlink(missing_ok=True)
-        seconds, size = sum(history.laps), adapter / 2**20
-        done = f"trained {history.step:,} steps in {seconds:.1f} s"
-        say(f"{done}; wrote {run.path}, and the adapter ({size:.1f} MiB) beside it")
+        done = f"trained {history.step:,} steps in {sum(history.laps):.1f} s"
+        say(f"{done}; wrote {run.path}, and the adapter ({size / 2**20:.1f} MiB) beside it")
     return run.path

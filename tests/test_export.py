@@ -1,6 +1,7 @@
 """An exported model is an ordinary checkpoint: the library loads it, and it gives our logits."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -102,6 +103,28 @@ def test_the_size_told_is_that_of_the_file(models, reviews, tmp_path, capsys):
     size = (tmp_path / "whole" / "model.safetensors").stat().st_size / 2**20
     told = re.search(r"([\d.]+) MiB, bfloat16", capsys.readouterr().out)[1]
     assert float(told) == pytest.approx(size, abs=0.06)
+
+
+def test_what_the_checkpoint_says_of_generation_and_of_its_old_head(
+    models, reviews, text_dir, tmp_path
+):
+    """Stop tokens may stand in generation_config.json alone; a regression head is none any more."""
+    line = [*text_flags(models, text_dir, "llama", "CausalLM"), "--max_steps", 1]
+    source = shutil.copytree(line[5], tmp_path / "source")
+    transformers.GenerationConfig(eos_token_id=[3, 7], max_new_tokens=5).save_pretrained(source)
+    line += ["--model", source, "--out", tmp_path, "--export", tmp_path / "text"]
+    lora.main([*map(str, line)])
+    config = transformers.GenerationConfig.from_pretrained(tmp_path / "text")
+    assert config.eos_token_id == [3, 7] and config.max_new_tokens == 5
+
+    changes = {"num_labels": 1, "problem_type": "regression"}
+    model = models("bert", "SequenceClassification", **changes)
+    line = [*rows_flags(models, reviews), "--model", model, "--max_steps", 1, "--out", tmp_path]
+    lora.main([*map(str, line), "--export", str(tmp_path / "classes")])
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "classes")
+    assert config.problem_type == "single_label_classification" and config.num_labels == 2
+    scores = transformers.pipeline("text-classification", str(tmp_path / "classes"), top_k=None)
+    assert sum(entry["score"] for entry in scores("a great film")) == pytest.approx(1)
 
 
 def test_pipeline_knows_the_label_names(models, tmp_path):

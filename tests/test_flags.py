@@ -1,7 +1,8 @@
-"""The command line: runs by rate and seed, names; every wrong word is one line."""
+"""The command line: runs by learning rate and seed, names; every wrong flag is one line."""
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import qlora
 import sparse_lora
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = ["lora", "hira", "qlora", "sparse_lora", "contextual_lora", "hybrid", "baseline"]
 
 
 def parsed(module, *words):
@@ -142,14 +144,18 @@ WRONG = {  # flags, what the line names
     "rate": (["--lr", "fast"], "argument --lr: 'fast' is not a positive number"),
     "negative rate": (["--lr", -1], "--lr"),
     "nan": (["--head_lr", "nan"], "--head_lr"),
-    "share": (["--warmup", 1], "argument --warmup: '1' is not a share"),
+    "share": (["--warmup", 1], "argument --warmup: '1' is not a fraction"),
     "unknown flag": (["--ranks", 3], "--ranks"),
     "no abbreviation": (["--ran", 3], "--ran"),
-    "data set": (["--dataset", "nowhere"], "--dataset nowhere: neither a folder nor one of"),
+    "data set": (
+        ["--dataset", "nowhere"],
+        "--dataset nowhere: neither a file, a folder nor one of",
+    ),
     "model": (["--model", "/nowhere"], "--model /nowhere"),
     "name": (["--name", "a/b"], "--name 'a/b'"),
     "targets": (["--targets", ","], "--targets names no layer"),
     "search": (["--search", 3, "--lr", 1, 2], "--search 3: around one --lr"),
+    "long search": (["--search", 2200], "--search: '2200' is not a whole number from 1 to 99"),
     "device": (["--device", "tpu"], "--device tpu"),
     "length": (["--max_length", 5000], "--max_length 5000"),
     "out, a file": (["--out", __file__], f"--out {__file__}: no folder that can be written"),
@@ -172,20 +178,29 @@ def test_every_wrong_word_is_one_line(what, good, capfd):
 
 def test_flags_of_the_other_update_are_refused(good, capfd):
     idle = {"channel_sparsity": 0.3, "dense_layers": 1, "dense_tokens": "none"}
-    for flag, value in (idle | {"estimator": "svd", "alpha": 3}).items():
+    for flag, value in (idle | {"estimator": "svd", "alpha": 3.0}).items():
         code, error = ended(capfd, hybrid, *good, "--update", "hira", f"--{flag}", value)
         assert code == 2 and f"--{flag} {value}: not with --update hira" in error
 
 
-@pytest.mark.parametrize("name", ["lora", "hira", "qlora", "sparse_lora", "hybrid", "contextual_lora", "baseline"])
-def test_help_is_quick_and_says_each_default(name, capsys):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_says_each_default_in_groups(name, capsys):
     module = importlib.import_module(name)
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+    text = capsys.readouterr().out
+    shown = " ".join(text.split())
     assert stop.value.code == 0 and module.__doc__.split("\n")[0] in shown
+    assert text.startswith(f"usage: {name}.py [flags]\n\n")
     assert "(default: demo)" in shown and "(default: 32)" in shown
-    code = f"import sys; sys.argv = ['x', '--help']\nimport {name}\ntry:\n    {name}.main()\n"
+    groups = re.findall(r"^([a-z ]+):$", text, re.M)
+    assert groups == ["this method", "data", "model", "training", "scoring", "files"]
+    first = {"baseline": "--full"}.get(name, "--rank")
+    assert text.index("this method:") < text.index(f"  {first}") < text.index("\ndata:")
+
+
+def test_help_is_quick():
+    code = "import sys; sys.argv = ['x', '--help']\nimport qlora\ntry:\n    qlora.main()\n"
     code += "except SystemExit:\n    print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     loaded = set(done.stderr.split())

@@ -1,6 +1,9 @@
-"""The process around a run: memory that does not suffice, signals, the hub, quiet libraries."""
+"""The process around a run: out of memory, signals, the hub, quiet libraries, model folders."""
 
+import io
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,11 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import ended, rows_flags
+from safetensors.torch import load_file
 
 import common
 import lora
 from harness import rows
+from harness.models import configure, load
 from harness.process import explain_out_of_memory, stop_signals
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +55,7 @@ def test_a_run_that_needs_too_much(place, models, reviews, tmp_path, monkeypatch
     words = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
     code, error = ended(capfd, lora, *words)
     assert code == 1 and "out of memory on cpu" in error and not list(tmp_path.glob("*.json"))
-    assert ("--eval_batch_size 16; what is trained is kept" in error) == (place == "score")
+    assert ("--eval_batch_size 16; the trained weights are saved" in error) == (place == "score")
 
 
 def test_a_second_signal_stops_at_once_and_handlers_are_handed_back(capfd):
@@ -116,28 +122,98 @@ def test_only_our_own_lines_reach_the_terminal(models, reviews, tmp_path):
         "lora lr 0.002 seed 0: accuracy",
         "trained 2 steps in ",
     ]
-    lines = out.splitlines()
+    lines = [line for line in out.splitlines() if "% of all steps" not in line]
     assert len(lines) == 4
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
 
 
-@pytest.mark.parametrize("damage", ["no weights", "torn", "no tokenizer", "a file"])
-def test_wrong_model_folders(damage, models, reviews, tmp_path, capfd):
-    import shutil
+def edit_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
+
+def index(folder, content):
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def pickle(folder, name):
+    torch.save(load_file(folder / "model.safetensors"), folder / name)
+    (folder / "model.safetensors").unlink()
+    edit_json(folder / "config.json", transformers_weights=name)
+
+
+def tear(path):
+    path.write_bytes(path.read_bytes()[:500])
+
+
+CODE = {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M"}
+OUTSIDE, PICKLED = "../model.safetensors", "pytorch_model.bin"
+DAMAGES = {  # what is done to a model's folder, what the line names; whether --plan sees it, too
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no file named model.safe", False),
+    "torn": (lambda f: tear(f / "model.safetensors"), "cannot load it", False),
+    "pickled": (lambda f: pickle(f, "adapter_model.bin"), "no file named model.safe", False),
+    "outside": (lambda f: index(f, {"weight_map": {"x": OUTSIDE}}), f"names {OUTSIDE}", False),
+    "bin shards": (lambda f: index(f, {"weight_map": {"x": PICKLED}}), f"names {PICKLED}", False),
+    "torn index": (lambda f: index(f, []), "is not a list of files", False),
+    "adapter": (lambda f: (f / "adapter_config.json").touch(), "folder holds an adapter", True),
+    "code": (
+        lambda f: edit_json(f / "config.json", model_type="new", auto_map=CODE),
+        "no usable config there",
+        True,
+    ),
+    "tokenizer's code": (
+        lambda f: edit_json(
+            f / "tokenizer_config.json",
+            tokenizer_class="T",
+            auto_map={"AutoTokenizer": ["code.T", None]},
+        ),
+        "no usable tokenizer there",
+        False,
+    ),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "no usable config there", True),
+    "no tokenizer": (
+        lambda f: [path.unlink() for path in f.glob("token*")],
+        "tokenizer",
+        False,
+    ),
+    "a file": (lambda f: [shutil.rmtree(f), f.write_text("x")], "no usable config there", True),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_wrong_model_folders(damage, models, reviews, tmp_path, monkeypatch, capfd):
+    """Each is one line; no code in the folder runs, though the user would say yes."""
+    folder, (change, named, seen) = tmp_path / "model", DAMAGES[damage]
+    shutil.copytree(models("distilbert"), folder)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    change(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    line = [*rows_flags(models, reviews), "--model", folder, "--out", tmp_path / "out"]
+    for plan in [[], ["--plan"]] if seen else [[]]:
+        code, error = ended(capfd, lora, *line, *plan)
+        assert code == 2 and f"--model {folder}" in error and named in error
+    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
+
+
+def test_kernels_that_a_config_names_are_not_loaded(models, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(models("distilbert"), folder)
-    weights = folder / "model.safetensors"
-    if damage == "no weights":
-        weights.unlink()
-    elif damage == "torn":
-        weights.write_bytes(weights.read_bytes()[:500])
-    elif damage == "no tokenizer":
-        for path in folder.glob("token*"):
-            path.unlink()
-    else:
-        shutil.rmtree(folder)
-        folder.write_text("x")
-    words = [*rows_flags(models, reviews), "--model", folder, "--out", tmp_path / "out"]
-    code, error = ended(capfd, lora, *words)
-    assert code == 2 and f"--model {folder}" in error and not (tmp_path / "out").exists()
+    edit_json(folder / "config.json", attn_implementation="kernels-community/flash-attn2")
+    config = configure(rows.load_config(str(folder)), 0.0, 0, ["a", "b"])
+    model, _ = load(str(folder), "classification", config)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["flaubert", "bart", "opt", "esm", "distilbert"])
+def test_no_dropout_of_the_base_is_left(kind):
+    """LayerDrop is dropout, too: a dropped layer's adapter would get no gradient."""
+    config = transformers.AutoConfig.for_model(kind)
+    names = [name for name in config.to_dict() if "drop" in name and name != "token_dropout"]
+    for name in names:
+        setattr(config, name, 0.3)
+    for rate in (0.0, 0.1):
+        after = configure(config, rate, 0, ["a", "b"])
+        assert names and all(
+            getattr(after, name) == (0.0 if "layerdrop" in name else rate) for name in names
+        )
+        assert getattr(after, "token_dropout", False) in (False, True)
