@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.process import fail, first_line, one_line_on_interrupt, say
 from harness.rows import DEMOS, HUB, LENGTHS
-from harness.store import differences, files_sha256, finished, read_object
+from harness.store import differences, files_sha256, finished, read_result
 
 # What decides neither a run's outcome nor its costs, and what its file name says already.
 NOT_SETTINGS = {
@@ -61,12 +61,9 @@ class Parser(argparse.ArgumentParser):
         line = []
         for action in self._actions:
             value = flags.get(action.dest)
-            if value is not None and (action.nargs != 0 or value == action.const):
-                values = value if isinstance(value, list) else [value]
-                line += [
-                    action.option_strings[-1],
-                    *(map(str, values) if action.nargs != 0 else []),
-                ]
+            values = [] if action.nargs == 0 else value if isinstance(value, list) else [value]
+            if value is not None and (values or value == action.const):
+                line += [action.option_strings[-1], *map(str, values)]
         self.source, self.fromfile_prefix_chars = source, None
         args = self.parse_args(line)
         self.source, self.fromfile_prefix_chars = "", "@"
@@ -87,52 +84,47 @@ def shared_args(parser):
     dataset = "The data: demo, demo_lm, sst2, imdb, wikitext2, or your own file or folder with the "
     dataset += "columns text and label. The demos need no network."
     add("--dataset", default="demo", help=dataset)
-    add("--data_dir", default="data", help="Where DIR/sst2 and so on hold files; tried first.")
-    length = (
-        "Longer texts are cut to this many tokens (default: 128; imdb, your own 256; demos 64)."
-    )
+    add("--data_dir", default="data", help="Files are read from DIR/sst2 and so on, or the hub.")
+    length = "Cut texts to this many tokens (default: 128; imdb and your own data 256; demos 64)."
     add("--max_length", type=count, help=length)
-    add("--train_samples", type=count, help="Train on this many random examples, new for a seed.")
-    dev = "Cut this many dev examples from the training split (default: a tenth, at most 500)."
+    add("--train_samples", type=count, help="Train on this many examples, others at each seed.")
+    dev = "Take this many dev examples from the training split (default: a tenth, at most 500)."
     add("--dev_samples", type=count, help=dev)
     add("--test_samples", type=count, help="Score this many test examples, equal for all seeds.")
-    heldout = "Cut this many further test examples from the training split."
+    heldout = "Take this many further test examples from the training split."
     add("--heldout", type=count_or_zero, default=0, help=heldout)
 
     add = parser.add_argument_group("model").add_argument
-    model = "The pre-trained model, a hub id or a folder (default: distilbert-base-uncased; the "
-    add("--model", help=model + "demos' own).")
+    model = "A hub id or a folder (default: distilbert-base-uncased; the demos have their own)."
+    add("--model", help=model)
     add("--base_dropout", type=fraction, default=0.0, help="Dropout inside the pre-trained model.")
-    precision = "Arithmetic of the frozen model; auto is bf16 on a GPU that has it, else fp32."
+    precision = "Number format of the frozen model; auto is bf16 on a GPU that has it, else fp32."
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
-    checkpointing = "Recompute activations in the backward pass: less memory, more time."
+    checkpointing = "Compute activations again in the backward pass: less memory, more time."
     add("--checkpointing", action="store_true", help=checkpointing)
     add("--device", default="auto", help="cpu, cuda or cuda:1; auto is a GPU if there is one.")
 
     add = parser.add_argument_group("training").add_argument
-    seeds = "Random seeds, a run each; compare.py needs at least 6 for a verdict."
+    seeds = "Random seeds, one run each; compare.py needs 6 for a verdict."
     add("--seeds", type=count_or_zero, nargs="+", default=[0], help=seeds)
-    lr = "Peak learning rates, a run each; compare.py takes the one with the best dev score."
+    lr = "Peak learning rates, one run each; compare.py takes the one with the best dev score."
     add("--lr", type=positive, nargs="+", default=[2e-3], help=lr)
-    search = "Try N learning rates, factors of 2 apart, around --lr."
-    add("--search", type=few, metavar="N", help=search)
-    head_lr = "Learning rate of a new classification layer beside an adapter."
+    add("--search", type=few, metavar="N", help="Try N values around --lr, factors of 2 apart.")
+    head_lr = "Learning rate of the classification layer beside an adapter."
     add("--head_lr", type=positive, default=1e-3, help=head_lr)
-    epochs = "Passes over the training examples; 0 scores the model without training."
+    epochs = "Passes over the training examples; 0 only scores the model."
     add("--epochs", type=count_or_zero, default=3, help=epochs)
     add("--max_steps", type=count, help="Train for this many steps instead of --epochs.")
-    batch = "Examples in one forward pass, on each device."
-    add("--batch_size", type=count, default=32, help=batch)
+    add("--batch_size", type=count, default=32, help="Examples of a forward pass on each device.")
     add("--grad_accum", type=count, default=1, help="Forward passes for each optimizer step.")
     add("--weight_decay", type=non_negative, default=0.0, help="AdamW's weight decay.")
     warmup = "Fraction of the steps in which the learning rate rises."
     add("--warmup", type=fraction, default=0.06, help=warmup)
 
     add = parser.add_argument_group("scoring").add_argument
-    eval_only = "Score a saved adapter and train nothing; its flags come from its result file."
+    eval_only = "Score a saved adapter without training, with the flags of its result file."
     add("--eval_only", type=Path, metavar="FOLDER", help=eval_only)
-    scoring = "Examples in one forward pass while scoring (default: --batch_size)."
-    add("--eval_batch_size", type=count, help=scoring)
+    add("--eval_batch_size", type=count, help="--batch_size while scoring (default: the same).")
     add("--timing", action="store_true", help="Also time inference and score the merged model.")
     add("--plan", action="store_true", help="Only print the memory and FLOPs of a training step.")
 
@@ -218,38 +210,27 @@ def parse_args(doc, file, add_args, argv=None):
 def trained_run(folder):
     """The flags of the run that saved the adapter in `folder`, from the result file beside it.
 
-    {} where there is none. "files" is the hash of the run's data files.
+    {} where there is none. "data files" is their hash.
     """
     path = Path(f"{os.path.abspath(folder)}.json")
     if not path.exists():
         say(f"--eval_only {folder}: no {path.name} beside it, so its dev examples are unknown")
         return {}
-    try:
-        result = read_object(path)
-    except (OSError, ValueError):
-        result = {}
-    settings, data = result.get("settings"), result.get("data")
-    if not isinstance(settings, dict) or not isinstance(data, dict):
+    if not (result := read_result(path)):
         fail(f"--eval_only {folder}: {path.name} beside it is not a complete result file")
     left_out = NOT_SETTINGS | SCORING | {"dataset folder", "model folder"}  # a folder may move
-    flags = {key: settings[key] for key in settings.keys() - left_out}
-    flags |= {"method": result.get("method"), "files": data.get("files_sha256")}
+    flags = {key: value for key, value in result["settings"].items() if key not in left_out}
+    flags |= {"method": result.get("method"), "data files": result["data"].get("files_sha256")}
     return flags | {"seeds": [result.get("seed")], "lr": [result.get("lr")]}
 
 
 def refuse_contradictions(args, recorded):
     """End the program where a flag, or the data, is not what the adapter's result file says."""
-    flags = settings(args) | {"seeds": args.seeds, "lr": args.lr}
-    keys = [key for key in recorded if key in flags]
-    old, new = ({f"--{key}": part[key] for key in keys} for part in (recorded, flags))
-    if recorded.get("files"):
-        old["data files"] = str(recorded["files"])[:12]
-        new["data files"] = files_sha256(args.dataset, args.data_dir)[:12]
-    if differ := differences(old, new):
-        fail(
-            f"--eval_only {args.eval_only}: not what its result file says ({differ}); for test "
-            "scores on other data copy the folder away from that file"
-        )
+    files = recorded["data files"] and files_sha256(args.dataset, args.data_dir)
+    flags = settings(args) | {"seeds": args.seeds, "lr": args.lr, "data files": files}
+    if differ := differences(recorded, {key: flags.get(key, recorded[key]) for key in recorded}):
+        advice = "for test scores on other data copy the folder away from that file"
+        fail(f"--eval_only {args.eval_only}: not what its result file says ({differ}); {advice}")
 
 
 def as_word(value):
@@ -271,12 +252,8 @@ def default_name(args, method_flags):
     for action in method_flags:
         value = getattr(args, action.dest)
         if value != action.default:
-            named = action.nargs == 0 or action.choices  # one of the two says it all
-            parts.append(
-                (value if action.choices else action.dest)
-                if named
-                else action.dest + as_word(value)
-            )
+            shown = "" if action.nargs == 0 else as_word(value)
+            parts.append(shown if action.choices else action.dest + shown)
     return "-".join(parts + ["untrained"] * (args.epochs == 0))
 
 

@@ -68,6 +68,16 @@ def read_object(path):
     return value
 
 
+def read_result(path):
+    """What a result file holds, or None where it is not a complete one."""
+    try:
+        result = read_object(path)
+    except (OSError, ValueError):
+        return None
+    parts = (result.get(key) for key in ("settings", "environment", "data"))
+    return result if all(isinstance(part, dict) for part in parts) else None
+
+
 # ------------------------------------------------------------------------- is there such a run yet
 
 
@@ -85,14 +95,16 @@ def decisive(settings, lr, processes, files):
     """What decides a run's outcome, {name: value}: two runs of one name must agree in all of it."""
     factors = [settings.get("batch_size"), settings.get("grad_accum"), processes]
     step = math.prod(factors) if all(type(number) is int for number in factors) else None
-    flags = {f"--{key}": value for key, value in settings.items() if key != "eval_batch_size"}
-    return flags | {"--lr": lr, "examples a step": step, "data files": files and str(files)[:12]}
+    flags = {key: value for key, value in settings.items() if key != "eval_batch_size"}
+    return flags | {"lr": lr, "examples a step": step, "data files": files}
 
 
 def differences(old, new):
     """The entries in which two dicts differ, in words; "" where they agree."""
     keys = sorted(key for key in old.keys() | new if old.get(key) != new.get(key))
-    return "; ".join(f"{key} {old.get(key)} there, {new.get(key)} here" for key in keys)
+    names = [key if " " in key else f"--{key}" for key in keys]
+    values = [f"{old.get(key)!s:.20} there, {new.get(key)!s:.20} here" for key in keys]
+    return "; ".join(map(" ".join, zip(names, values, strict=True)))
 
 
 def finished(run):
@@ -105,27 +117,21 @@ def finished(run):
     if run.path.with_suffix("").is_symlink():
         fail(f"{run.path.with_suffix('')} is a link, and the adapter belongs there; remove it")
     if process_index() == 0 and os.path.lexists(run.path) and not run.force:
-        try:
-            result = read_object(run.path)
-        except (OSError, ValueError):
-            result = {}
-        settings, machine, data = (result.get(k) for k in ("settings", "environment", "data"))
-        if not all(isinstance(part, dict) for part in (settings, machine, data)):
+        result = read_result(run.path)
+        if not result:
             fail(f"{run.path} is not a complete result file; --force replaces it")
         files = files_sha256(run.dataset, run.data_dir)
         new = decisive(run.settings, run.lr, process_count(), files)
-        files = data.get("files_sha256", files)  # results of earlier versions have none
-        old = decisive(settings, result.get("lr"), machine.get("processes"), files)
+        files = result["data"].get("files_sha256", files)  # results of earlier versions have none
+        processes = result["environment"].get("processes")
+        old = decisive(result["settings"], result.get("lr"), processes, files)
         if differ := differences(old, new):
-            fail(
-                f"{run.path} holds a run with other settings or data ({differ}); --name NAME keeps "
-                "both, --force replaces it"
-            )
+            other = f"holds a run with other settings or data ({differ})"
+            fail(f"{run.path} {other}; --name NAME keeps both, --force replaces it")
         stopped = result.get("untrained") or run.path.with_suffix(".checkpoint").exists()
         done = "time" in result or not stopped
         if done and run.export:
-            add = f"add --eval_only {run.path.with_suffix('')} to export it"
-            fail(f"{run.path} is there already; {add}, or --force to run it again")
+            fail(f"{run.path} is there already; --eval_only {run.path.with_suffix('')} exports it")
         if done:
             say(f"{run.path} is there already; --force runs it again")
     return agree(done)
@@ -144,7 +150,7 @@ def identity(run, data, base):
     """What a checkpoint shares with the run that continues it."""
     tokens = hashlib.sha256(json.dumps(data.description).encode()).hexdigest()
     kept = decisive(run.settings, run.lr, process_count(), tokens)
-    return kept | {"base weights": base.sha256[:12]}
+    return kept | {"base weights": base.sha256}
 
 
 def save_checkpoint(run, data, base, optimizer, history):
@@ -165,15 +171,12 @@ def load_checkpoint(run, data, base, optimizer, history):
     """Continue from this run's checkpoint, if there is one; one that does not fit is refused."""
     path, state = run.path.with_suffix(".checkpoint"), None
     if process_index() == 0 and path.is_file():
-        try:
+        with library_errors(f"{path} cannot be read; remove it to start afresh"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torn files fail in many ways, all of them inside torch
-            misfit = first_line(error)
-        else:
-            misfit = misfit_of(state, run, data, base, optimizer)
-        if misfit and not run.force:
-            fail(f"{path}: cannot continue ({misfit}); --name NAME keeps it, --force starts afresh")
-        state = None if misfit else state
+        if misfit := misfit_of(state, run, data, base, optimizer):
+            if not run.force:
+                fail(f"{path}: {misfit}; --name NAME keeps it, --force starts afresh")
+            state = None
     state = agree(state)
     if state:
         base.model.load_state_dict(state["model"], strict=False)
@@ -195,7 +198,7 @@ def misfit_of(state, run, data, base, optimizer):
     if types(state) != dict.fromkeys(("run", "model", "optimizer", "history"), dict):
         return "it is no checkpoint"
     if differ := differences(state["run"], identity(run, data, base)):
-        return f"a run with other settings or data: {differ}"
+        return f"it is of a run with other settings or data ({differ})"
     if shapes(state["model"]) != shapes(changing(base.model)):
         return "its weights are not those of this model"
     tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
@@ -271,10 +274,8 @@ def read_adapter(folder, with_config):
             trained_on = dict(json.loads((file.metadata() or {}).get("trained_on", "{}")))
             return config, {name: file.get_tensor(name) for name in file.keys()}, trained_on
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        fail(
-            f"--eval_only {folder}: no adapter that can be read ({first_line(error)}); wanted: "
-            "adapter_model.safetensors and adapter_config.json"
-        )
+        wanted = "adapter_model.safetensors and adapter_config.json"
+        fail(f"--eval_only {folder}: wanted: {wanted} of an adapter ({first_line(error)})")
 
 
 def head_classes(run, config):
@@ -304,11 +305,8 @@ def load_adapter(run, base, method):
             fail(f"{where}: {key} is {config.get(key)} there and {ours[key]} here; change {flag}")
     sha256 = trained_on.get("base_sha256")
     if sha256 not in (None, base_identity(base, method)):
-        other = config.get("base_model_name_or_path", "unnamed")
-        fail(
-            f"{where}: trained on another base ({other}), not on --model {run.model}, or for "
-            "another task, or in other bits; change --model, --dataset or the script"
-        )
+        other = f"trained on another base than --model {run.model}, in other bits or for another"
+        fail(f"{where}: {other} task; change --model, the script or --dataset")
     if sha256 is None and method.base_format:
         say(f"{where}: scored on the base in {method.base_format}, as made here")
     cut_ranks(where, config, ours.get("r"), ours.get("lora_alpha"), stand_ins(model))
@@ -316,10 +314,8 @@ def load_adapter(run, base, method):
     missing, unexpected = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
     if missing or unexpected:
         names = ", ".join([*sorted(missing)[:1], *sorted(unexpected)[:1]])
-        fail(
-            f"{where}: {len(missing)} tensors missing, {len(unexpected)} unexpected ({names}); "
-            "same --targets and data set?"
-        )
+        counts = f"{len(missing)} tensors missing, {len(unexpected)} unexpected ({names})"
+        fail(f"{where}: {counts}; same --targets and data set?")
     for name, tensor in wanted.items():
         if tensor.shape != saved[name].shape:
             old, new = list(saved[name].shape), list(tensor.shape)
@@ -330,10 +326,7 @@ def load_adapter(run, base, method):
 
 
 def cut_ranks(where, config, r, alpha, layers):
-    """Cut A and B of `layers` {path: layer} to the config's rank_pattern, at the same scale alpha/r.
-
-    A pruned adapter has fewer components in some layers.
-    """
+    """Cut A and B of `layers` {path: layer} to a pruned adapter's ranks, at the scale alpha/r."""
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
     known = isinstance(ranks, dict) and isinstance(alphas, dict)
     known = known and {*ranks, *alphas} <= (layers if alpha else {}).keys()

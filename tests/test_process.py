@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ended, rows_flags
+from conftest import ended, ready, rows_flags
 from safetensors.torch import load_file
 
 import common
 import lora
 from harness import rows
-from harness.models import configure, load
+from harness.models import configure
 from harness.process import explain_out_of_memory, stop_signals
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +146,13 @@ def tear(path):
     path.write_bytes(path.read_bytes()[:500])
 
 
-CODE = {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.M"}
+def copied_code(folder, **fields):
+    edit_json(
+        folder / "config.json", auto_map={"AutoConfig": "code.C", "AutoModel": "code.M"}, **fields
+    )
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.T", None]})
+
+
 OUTSIDE, PICKLED = "../model.safetensors", "pytorch_model.bin"
 DAMAGES = {  # what is done to a model's folder, what the line names; whether --plan sees it, too
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no file named model.safe", False),
@@ -155,28 +161,11 @@ DAMAGES = {  # what is done to a model's folder, what the line names; whether --
     "outside": (lambda f: index(f, {"weight_map": {"x": OUTSIDE}}), f"names {OUTSIDE}", False),
     "bin shards": (lambda f: index(f, {"weight_map": {"x": PICKLED}}), f"names {PICKLED}", False),
     "torn index": (lambda f: index(f, []), "is not a list of files", False),
+    "no tokenizer": (lambda f: [path.unlink() for path in f.glob("token*")], "tokenizer", False),
     "adapter": (lambda f: (f / "adapter_config.json").touch(), "folder holds an adapter", True),
-    "code": (
-        lambda f: edit_json(f / "config.json", model_type="new", auto_map=CODE),
-        "no usable config there",
-        True,
-    ),
-    "tokenizer's code": (
-        lambda f: edit_json(
-            f / "tokenizer_config.json",
-            tokenizer_class="T",
-            auto_map={"AutoTokenizer": ["code.T", None]},
-        ),
-        "no usable tokenizer there",
-        False,
-    ),
+    "code": (lambda f: copied_code(f, model_type="new"), "no usable config there", True),
     "a list": (lambda f: (f / "config.json").write_text("[]"), "no usable config there", True),
-    "no tokenizer": (
-        lambda f: [path.unlink() for path in f.glob("token*")],
-        "tokenizer",
-        False,
-    ),
-    "a file": (lambda f: [shutil.rmtree(f), f.write_text("x")], "no usable config there", True),
+    "a file": (lambda f: [shutil.rmtree(f), f.write_text("x")], "no such folder", True),
 }
 
 
@@ -195,13 +184,15 @@ def test_wrong_model_folders(damage, models, reviews, tmp_path, monkeypatch, cap
     assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
 
 
-def test_kernels_that_a_config_names_are_not_loaded(models, tmp_path):
+def test_a_known_model_runs_no_code_of_its_folder(models, reviews, tmp_path):
+    """Nor are the attention kernels loaded that its config names."""
     folder = tmp_path / "model"
     shutil.copytree(models("distilbert"), folder)
-    edit_json(folder / "config.json", attn_implementation="kernels-community/flash-attn2")
-    config = configure(rows.load_config(str(folder)), 0.0, 0, ["a", "b"])
-    model, _ = load(str(folder), "classification", config)
-    assert model.config._attn_implementation == "sdpa"
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    copied_code(folder, attn_implementation="kernels-community/flash-attn2")
+    line = [*rows_flags(models, reviews), "--model", folder]
+    base = ready(lora, tmp_path / "out", *line)[2]
+    assert base.model.config._attn_implementation == "sdpa" and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["flaubert", "bart", "opt", "esm", "distilbert"])
