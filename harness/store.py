@@ -56,26 +56,19 @@ def replacing(path, what):
 
 
 def read_object(path):
-    """The JSON object in a regular file; OSError or ValueError where there is none."""
-    if not path.is_file():  # a pipe would be waited for
-        raise FileNotFoundError(f"{path.name} is not a file")
+    """The JSON object in a regular file (a pipe would be waited for); {} where there is none."""
     try:
-        value = json.loads(path.read_text())
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return value
+        value = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_result(path):
-    """What a result file holds, or None where it is not a complete one."""
-    try:
-        result = read_object(path)
-    except (OSError, ValueError):
-        return None
+    """What a result file holds; {} where it is not a complete one."""
+    result = read_object(path)
     parts = (result.get(key) for key in ("settings", "environment", "data"))
-    return result if all(isinstance(part, dict) for part in parts) else None
+    return result if all(isinstance(part, dict) for part in parts) else {}
 
 
 # ------------------------------------------------------------------------- is there such a run yet
@@ -209,9 +202,10 @@ def misfit_of(state, run, data, base, optimizer):
     history, total = state["history"], count_steps(run, data)
     kinds = {"step": int, "curve": list, "losses": list, "laps": list, "diverged": bool}
     sound = types(history) == kinds and 0 < history["step"] == len(history["laps"]) <= total
-    for row in [*history["curve"], *history["losses"], *history["laps"]] if sound else []:
-        row = row if isinstance(row, list | tuple) else [0, 0.0, row]
-        sound = sound and [*map(type, row)] == [int, float, float]
+    rows = [*history["curve"], *history["losses"]] if sound else []
+    rows += [(0, 0.0, seconds) for seconds in history["laps"]] if sound else []
+    sound = sound and all(isinstance(row, list | tuple) for row in rows)
+    sound = sound and all([*map(type, row)] == [int, float, float] for row in rows)
     return "" if sound else f"its history is not one of at most {total} steps"
 
 
@@ -265,11 +259,10 @@ def read_adapter(folder, with_config):
 
     The last is {"base_sha256", "classes"}, or {} in PEFT's own folders.
     """
-    path = folder / "adapter_model.safetensors"
+    path, config = folder / "adapter_model.safetensors", read_object(folder / "adapter_config.json")
     try:
-        config = read_object(folder / "adapter_config.json") if with_config else {}
-        if not path.is_file():
-            raise FileNotFoundError(f"{path.name} is missing")
+        if with_config and not config or not path.is_file():
+            raise FileNotFoundError("one is missing, or is another kind of file")
         with safe_open(path, "pt") as file:
             trained_on = dict(json.loads((file.metadata() or {}).get("trained_on", "{}")))
             return config, {name: file.get_tensor(name) for name in file.keys()}, trained_on

@@ -34,42 +34,33 @@ def good(models, reviews, tmp_path):
     return [*map(str, words), "--out", str(tmp_path / "out")]
 
 
-def test_a_run_is_one_rate_and_one_seed(good, capsys):
-    """Four results with dev and test; the same again runs nothing; a third rate two more."""
-    rates = ["--lr", "1e-3", "2e-3", "--seeds", "0", "1"]
-    paths = lora.main([*good, *rates])
-    assert len(paths) == 4 and len(set(paths)) == 4
+def test_a_run_is_one_learning_rate_and_one_seed(good, capsys):
+    """Seeds change train and dev; the same again runs nothing, a third learning rate two more."""
+    grid = ["--lr", "1e-3", "2e-3", "--seeds", "0", "1"]
+    paths = lora.main([*good, *grid])
     results = [json.loads(path.read_text()) for path in paths]
     assert [(r["seed"], r["lr"]) for r in results] == [(0, 1e-3), (0, 2e-3), (1, 1e-3), (1, 2e-3)]
     for path, result in zip(paths, results, strict=True):
         assert path.name.endswith(f"-lr{result['lr']:g}-seed{result['seed']}.json")
         assert {"dev", "test"} <= result["metrics"].keys()
+    a, b, c, d = (result["data"] for result in results)
+    assert a == b and c == d and a["test_sha256"] == c["test_sha256"]
+    assert a["train_sha256"] != c["train_sha256"] and a["dev_sha256"] != c["dev_sha256"]
     capsys.readouterr()
-    assert lora.main([*good, *rates]) == []
+    assert lora.main([*good, *grid]) == []
     assert capsys.readouterr().out.count("is there already") == 4
-    more = lora.main([*good, "--lr", "1e-3", "2e-3", "4e-3", "--seeds", "0", "1"])
+    more = lora.main([*good, *grid, "--lr", "1e-3", "2e-3", "4e-3"])
     assert [path.name.split("-lr")[1] for path in more] == ["0.004-seed0.json", "0.004-seed1.json"]
 
 
-def test_seeds_change_train_and_dev_and_rates_do_not(good):
-    a, b, c, d = lora.main([*good, "--lr", "1e-3", "2e-3", "--seeds", "0", "1"])
-    a, b, c, d = (json.loads(path.read_text())["data"] for path in (a, b, c, d))
-    assert a == b and c == d and a["test_sha256"] == c["test_sha256"]
-    assert a["train_sha256"] != c["train_sha256"] and a["dev_sha256"] != c["dev_sha256"]
-
-
-@pytest.mark.parametrize(
-    "number, rates", [(1, [2e-3]), (2, [2e-3, 4e-3]), (3, [1e-3, 2e-3, 4e-3]), (5, [5e-4, 8e-3])]
-)
-def test_search_is_rates_a_factor_of_2_apart_around_the_default(number, rates):
-    found = parsed(lora, "--search", number).lr
-    assert len(found) == number and (found[0], found[-1]) == (rates[0], rates[-1])
-    assert all(b == 2 * a for a, b in zip(found, found[1:], strict=False))
-    ten = parsed(hira, "--search", number).lr
-    assert ten == pytest.approx([10 * rate for rate in found])
-    assert parsed(lora, "--search", number, "--lr", 1.0).lr == pytest.approx(
-        [rate / 2e-3 for rate in found]
-    )
+def test_search_is_learning_rates_a_factor_of_2_apart_around_the_default():
+    for number, first, last in ((1, 2e-3, 2e-3), (2, 2e-3, 4e-3), (3, 1e-3, 4e-3), (5, 5e-4, 8e-3)):
+        lrs = parsed(lora, "--search", number).lr
+        assert len(lrs) == number and (lrs[0], lrs[-1]) == (first, last)
+        assert all(b == 2 * a for a, b in zip(lrs, lrs[1:], strict=False))
+        assert parsed(hira, "--search", number).lr == pytest.approx([10 * lr for lr in lrs])
+        around_1 = parsed(lora, "--search", number, "--lr", 1.0).lr
+        assert around_1 == pytest.approx([lr / 2e-3 for lr in lrs])
 
 
 @pytest.mark.parametrize(
@@ -103,20 +94,18 @@ def test_untrained_models_are_scored(name, good):
 
 
 def test_other_settings_are_an_error_before_any_training(good, capfd, monkeypatch):
-    lora.main(good)
-    monkeypatch.setattr(lora, "train", None)
-    code, error = ended(capfd, lora, *good, "--seeds", 1, 0, "--warmup", 0.5)
-    assert code == 2 and "--warmup 0.06 there, 0.5 here" in error
-    assert "--name" in error and "--force" in error
-    for harmless in (["--save_every", 2], ["--data_dir", "x"], ["--eval_batch_size", 3]):
-        assert lora.main([*good, *map(str, harmless)]) == []
-
-
-def test_force_runs_again_and_name_keeps_both(good, tmp_path):
+    """--force runs again, --name keeps both."""
     [first] = lora.main(good)
-    [again] = lora.main([*good, "--warmup", "0.5", "--force"])
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "train", None)
+        code, error = ended(capfd, lora, *good, "--seeds", 1, 0, "--warmup", 0.5)
+        assert code == 2 and "--warmup 0.06 there, 0.5 here" in error
+        assert "--name" in error and "--force" in error
+        for harmless in (["--save_every", 2], ["--data_dir", "x"], ["--eval_batch_size", 3]):
+            assert lora.main([*good, *map(str, harmless)]) == []
+    assert lora.main([*good, "--warmup", "0.5", "--force"]) == [first]
     [other] = lora.main([*good, "--name", "other"])
-    assert first == again != other and first.exists() and other.exists()
+    assert first != other and first.exists() and other.exists()
 
 
 def test_a_file_of_flags(tmp_path, capfd):
@@ -132,11 +121,10 @@ def test_a_file_of_flags(tmp_path, capfd):
 def test_one_folder_is_one_name(models, reviews, tmp_path, monkeypatch):
     (tmp_path / "my").symlink_to(reviews)
     monkeypatch.chdir(tmp_path)
-    words = ["--model", models("distilbert"), "--max_length", "24", "--max_steps", "1"]
-    words += ["--out", "out"]
-    assert lora.main(["--dataset", "my", *words])
+    line = [*rows_flags(models, "my"), "--max_steps", "1", "--out", "out"]
+    assert lora.main([*map(str, line)])
     for same in ("my/", "./my"):
-        assert lora.main(["--dataset", same, *words]) == []
+        assert lora.main([*map(str, line), "--dataset", same]) == []
 
 
 WRONG = {  # flags, what the line names

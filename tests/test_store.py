@@ -322,7 +322,7 @@ FAULTS = {  # what is changed in the folder, what the line names
     "another rank": (None, {"r": 4}, "change --rank"),
     "another alpha": (None, {"lora_alpha": 8}, "change --alpha"),
     "another method": (None, {"peft_type": "HIRA"}, "change the script"),
-    "a list": (None, {"whole": []}, "holds no JSON object"),
+    "a list": (None, {"whole": []}, "one is missing, or is another kind of file"),
     "rsLoRA": (None, {"use_rslora": True}, "rsLoRA"),
     "PiSSA": (None, {"init_lora_weights": "pissa"}, "changes the base itself"),
     "foreign ranks": (None, {"rank_pattern": {"q_lin": 4}}, OURS),
