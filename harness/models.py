@@ -17,6 +17,7 @@ from torch import nn
 
 from harness.process import fail, first_line, library_errors, say
 from harness.rows import load_config, model_folder
+from harness.text import printable
 
 # The head of a task in transformers' class names.
 HEADS = {"classification": "SequenceClassification", "mlm": "MaskedLM", "clm": "CausalLM"}
@@ -126,8 +127,8 @@ def number_as_head(run, rows, names):
     order = head_order(names, rows.classes)
     if order is None and (run.eval_only or not run.epochs):
         source = f"--eval_only {run.eval_only}" if run.eval_only else f"--model {run.model}"
-        data = ", ".join(rows.classes[:8])
-        fail(f"{source}: its head has the classes {', '.join(map(str, names[:8]))}; data: {data}")
+        head, data = (", ".join(map(printable, part[:8])) for part in (names, rows.classes))
+        fail(f"{source}: its head has the classes {head}; data: {data}")
     if order in (None, sorted(order or [])):
         return rows
     classes = [rows.classes[number] for number in order]

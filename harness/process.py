@@ -11,12 +11,14 @@ import sys
 import traceback
 from pathlib import Path
 
+from harness.text import printable
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def fail(message, status=2):
     """End the program with one line on stderr. Status 2: wrong input; 1: the run went wrong."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {printable(message, 2000)}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -63,9 +65,9 @@ def process_count():
 
 
 def say(*words):
-    """Print once, however many processes there are."""
+    """Print one line, once, however many processes there are."""
     if process_index() == 0:
-        print(*words, flush=True)
+        print(*(printable(word, 2000) for word in words), flush=True)
 
 
 def choose_device(args):

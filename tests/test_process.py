@@ -21,7 +21,7 @@ import common
 import lora
 from harness import rows
 from harness.models import configure
-from harness.process import explain_out_of_memory, stop_signals
+from harness.process import explain_out_of_memory, fail, say, stop_signals
 
 ROOT = Path(__file__).parents[1]
 RUN = Namespace(batch_size=32, grad_accum=1, max_length=128, device="cpu")
@@ -37,6 +37,15 @@ def test_out_of_memory_is_one_line_that_says_what_is_smaller(error, capfd):
     said = capfd.readouterr().err
     assert stop.value.code == 1 and said.count("\n") == 1
     assert "--batch_size 16 with --grad_accum 2" in said and "--checkpointing" in said
+
+
+def test_no_line_holds_what_a_terminal_would_act_on(capfd):
+    with pytest.raises(SystemExit):
+        fail("--model \x1b]0;title\x07: a\nb \u202ec \ud800 " + "d" * 9999)
+    say("\x1b[2Ja", 3)
+    shown, error = capfd.readouterr()
+    assert "--model �]0;title�: a�b �c � ddd" in error and len(error) < 2100
+    assert shown == "�[2Ja 3\n" and error.count("\n") == 1
 
 
 def test_other_errors_pass(capfd):
