@@ -64,10 +64,10 @@ def process_count():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(*words):
+def say(*parts):
     """Print one line, once, however many processes there are."""
     if process_index() == 0:
-        print(*(printable(word, 2000) for word in words), flush=True)
+        print(*(printable(part, 2000) for part in parts), flush=True)
 
 
 def choose_device(args):

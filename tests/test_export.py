@@ -33,11 +33,11 @@ def test_the_library_loads_it_and_gives_our_logits(
 ):
     module, flags = EVERY[name]
     head = TASKS[task][0]
-    words = rows_flags(models, reviews, kind)
+    line = rows_flags(models, reviews, kind)
     if task != "classification":
-        words = text_flags(models, text_dir, kind, head)
-    words += ["--max_steps", 3, "--lr", 0.02, "--export", tmp_path / "whole", *flags]
-    run, data, base, method = ready(module, tmp_path, *words)
+        line = text_flags(models, text_dir, kind, head)
+    line += ["--max_steps", 3, "--lr", 0.02, "--export", tmp_path / "whole", *flags]
+    run, data, base, method = ready(module, tmp_path, *line)
     start = {name: tensor.clone() for name, tensor in common.trained_tensors(base.model).items()}
     module.train(run, data, base, method)
     export.export(run, base)
@@ -66,9 +66,9 @@ def test_the_library_loads_it_and_gives_our_logits(
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_an_adapter_on_a_tied_head_leaves_the_embedding_alone(kind, models, text_dir, tmp_path):
     head, layer = ("MaskedLM", "decoder") if kind == "bert" else ("CausalLM", "lm_head")
-    words = [*text_flags(models, text_dir, kind, head), "--targets", layer, "--max_steps", 3]
-    words += ["--lr", 0.05, "--export", tmp_path / "whole"]
-    run, data, base, _, _ = trained(lora, tmp_path, *words)
+    line = [*text_flags(models, text_dir, kind, head), "--targets", layer, "--max_steps", 3]
+    line += ["--lr", 0.05, "--export", tmp_path / "whole"]
+    run, data, base, _, _ = trained(lora, tmp_path, *line)
     export.export(run, base)
     loaded = getattr(transformers, f"AutoModelFor{head}").from_pretrained(tmp_path / "whole")
     ids = torch.arange(5, 17)[None]
@@ -87,9 +87,9 @@ def test_the_size_told_is_that_of_the_file(models, reviews, tmp_path, capsys):
     small = transformers.AutoModel.from_pretrained(source, dtype=torch.bfloat16)
     small.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    words = ["--dataset", reviews, "--model", folder, "--max_length", 24, "--max_steps", 1]
-    words += ["--out", tmp_path, "--export", tmp_path / "whole"]
-    lora.main([*map(str, words)])
+    line = ["--dataset", reviews, "--model", folder, "--max_length", 24, "--max_steps", 1]
+    line += ["--out", tmp_path, "--export", tmp_path / "whole"]
+    lora.main([*map(str, line)])
     size = (tmp_path / "whole" / "model.safetensors").stat().st_size / 2**20
     told = re.search(r"([\d.]+) MiB, bfloat16", capsys.readouterr().out)[1]
     assert float(told) == pytest.approx(size, abs=0.06)
@@ -118,17 +118,17 @@ def test_what_the_checkpoint_says_of_generation_and_of_its_old_head(
 
 
 def test_pipeline_knows_the_label_names(models, tmp_path):
-    words = ["--dataset", "demo", "--max_steps", 2, "--export", tmp_path / "whole"]
-    lora.main([*map(str, words), "--model", models("bert"), "--out", str(tmp_path)])
+    line = ["--dataset", "demo", "--max_steps", 2, "--export", tmp_path / "whole"]
+    lora.main([*map(str, line), "--model", models("bert"), "--out", str(tmp_path)])
     classify = transformers.pipeline("text-classification", str(tmp_path / "whole"))
     assert classify("a great film")[0]["label"] in ("negative", "positive")
 
 
 def test_from_a_saved_adapter(models, reviews, tmp_path):
-    words = [*rows_flags(models, reviews), "--max_steps", 3, "--out", tmp_path]
-    lora.main([*map(str, words), "--export", str(tmp_path / "a")])
+    line = [*rows_flags(models, reviews), "--max_steps", 3, "--out", tmp_path]
+    lora.main([*map(str, line), "--export", str(tmp_path / "a")])
     [adapter] = tmp_path.glob("*-seed0/")
-    lora.main([*map(str, words), "--eval_only", str(adapter), "--export", str(tmp_path / "b")])
+    lora.main([*map(str, line), "--eval_only", str(adapter), "--export", str(tmp_path / "b")])
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
     assert first == second
 
@@ -139,12 +139,12 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(
     folder = tmp_path / "whole"
     folder.mkdir()
     (folder / "mine.txt").write_text("kept")
-    words = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
-    code, error = ended(capfd, lora, *words, "--export", folder)
+    line = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
+    code, error = ended(capfd, lora, *line, "--export", folder)
     assert code == 2 and "not an empty folder" in error and (folder / "mine.txt").exists()
-    code, error = ended(capfd, lora, *words, "--export", folder, "--force")
+    code, error = ended(capfd, lora, *line, "--export", folder, "--force")
     assert code == 2 and "not an empty folder" in error and (folder / "mine.txt").exists()
-    code, error = ended(capfd, lora, *words, "--seeds", 0, 1, "--export", tmp_path / "new")
+    code, error = ended(capfd, lora, *line, "--seeds", 0, 1, "--export", tmp_path / "new")
     assert code == 2 and "of one run" in error
 
     def full(*_, **__):
@@ -154,11 +154,11 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(
     folder.mkdir()
     with monkeypatch.context() as broken:
         broken.setattr(transformers.PreTrainedModel, "save_pretrained", full)
-        code, error = ended(capfd, lora, *words, "--export", folder)
+        code, error = ended(capfd, lora, *line, "--export", folder)
     assert code == 1 and "No space left" in error and not [*folder.iterdir()]
-    code, error = ended(capfd, lora, *words, "--export", folder)  # the run itself is finished
+    code, error = ended(capfd, lora, *line, "--export", folder)  # the run itself is finished
     assert code == 2 and "--eval_only" in error and not [*folder.iterdir()]
     monkeypatch.chdir(folder)
-    lora.main([*map(str, words), "--force", "--export", "."])
+    lora.main([*map(str, line), "--force", "--export", "."])
     assert (folder / "model.safetensors").exists()
     assert not list(tmp_path.glob("*.tmp"))

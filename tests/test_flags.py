@@ -22,16 +22,16 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ["lora", "hira", "qlora", "sparse_lora", "contextual_lora", "hybrid", "baseline"]
 
 
-def parsed(module, *words):
-    words = ["--dataset", "demo", *map(str, words)]
-    return module.parse_args(module.__doc__, module.__file__, module.add_args, words)
+def parsed(module, *line):
+    line = ["--dataset", "demo", *map(str, line)]
+    return module.parse_args(module.__doc__, module.__file__, module.add_args, line)
 
 
 @pytest.fixture
 def good(models, reviews, tmp_path):
     """A command line that works; tests spoil one thing of it."""
-    words = [*rows_flags(models, reviews), "--max_steps", 2]
-    return [*map(str, words), "--out", str(tmp_path / "out")]
+    line = [*rows_flags(models, reviews), "--max_steps", 2]
+    return [*map(str, line), "--out", str(tmp_path / "out")]
 
 
 def test_a_run_is_one_learning_rate_and_one_seed(good, capsys):
@@ -64,7 +64,7 @@ def test_search_is_learning_rates_a_factor_of_2_apart_around_the_default():
 
 
 @pytest.mark.parametrize(
-    "module, words, name",
+    "module, line, name",
     [
         (lora, [], "lora"),
         (lora, ["--rank", 32], "lora-rank32"),
@@ -80,8 +80,8 @@ def test_search_is_learning_rates_a_factor_of_2_apart_around_the_default():
         (baseline, ["--full"], "full"),
     ],
 )
-def test_names_say_what_is_not_at_its_default(module, words, name):
-    assert parsed(module, *words).name == name
+def test_names_say_what_is_not_at_its_default(module, line, name):
+    assert parsed(module, *line).name == name
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -157,10 +157,10 @@ WRONG = {  # flags, what the line names
 
 @pytest.mark.parametrize("what", WRONG)
 def test_every_wrong_word_is_one_line(what, good, capfd):
-    words, named = WRONG[what]
+    line, named = WRONG[what]
     if what == "heldout text":
         good = good[good.index("--max_steps") :]
-    code, error = ended(capfd, lora, *good, *words)
+    code, error = ended(capfd, lora, *good, *line)
     assert code == 2 and named in error
 
 

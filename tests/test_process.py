@@ -61,8 +61,8 @@ def test_a_run_that_needs_too_much(place, models, reviews, tmp_path, monkeypatch
         raise RuntimeError(CPU)
 
     monkeypatch.setattr(common, place, full)
-    words = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
-    code, error = ended(capfd, lora, *words)
+    line = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
+    code, error = ended(capfd, lora, *line)
     assert code == 1 and "out of memory on cpu" in error and not list(tmp_path.glob("*.json"))
     assert ("--eval_batch_size 16; the trained weights are saved" in error) == (place == "score")
 
@@ -77,12 +77,12 @@ def test_a_second_signal_stops_at_once_and_handlers_are_handed_back(capfd):
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-def process(tmp_path, *words, **environment):
+def process(tmp_path, *line, **environment):
     """(status, stdout, stderr) of lora.py started as a user would, without a hub's cache."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     kept = {k: v for k, v in kept.items() if "proxy" not in k.lower()}
     done = subprocess.run(
-        [sys.executable, ROOT / "lora.py", *map(str, words), "--out", tmp_path / "out"],
+        [sys.executable, ROOT / "lora.py", *map(str, line), "--out", tmp_path / "out"],
         cwd=tmp_path,
         timeout=90,
         capture_output=True,
@@ -97,8 +97,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(tmp_path):
     with socket.socket() as closed:  # taken, and not listening: every connection is refused
         closed.bind(("127.0.0.1", 0))
         hub = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        words = ["--dataset", "sst2", "--data_dir", "nowhere"]
-        status, out, error = process(tmp_path, *words, HF_ENDPOINT=hub)
+        line = ["--dataset", "sst2", "--data_dir", "nowhere"]
+        status, out, error = process(tmp_path, *line, HF_ENDPOINT=hub)
     assert status == 2 and out == "" and error.count("\n") == 1, error
     for name in ("distilbert-base-uncased", "--model", "--data_dir", "--dataset demo"):
         assert name in error
@@ -122,8 +122,8 @@ def test_an_unreachable_hub_is_asked_once_and_briefly(monkeypatch):
 
 
 def test_only_our_own_lines_reach_the_terminal(models, reviews, tmp_path):
-    words = [*rows_flags(models, reviews), "--max_steps", 2]
-    status, out, error = process(tmp_path, *words)
+    line = [*rows_flags(models, reviews), "--max_steps", 2]
+    status, out, error = process(tmp_path, *line)
     assert status == 0 and error == ""
     starts = [
         "reviews, seed 0: ",
