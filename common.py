@@ -97,7 +97,7 @@ def load_data(run):
 
     tokenizer, config = load_tokenizer(run.model)
     rows = read_rows(run.dataset, run.data_dir)
-    rows = models.number_as_head(run, rows, head_classes(run, config))
+    rows = models.number_as_head(rows, head_classes(run, config))
     masked = config.model_type in MASKED
     last = not masked or config.is_encoder_decoder  # the token that a classifier reads
     task = "classification" if rows.classes else "mlm" if masked else "clm"
@@ -143,7 +143,7 @@ def load_base(run, data):
     _, config = load_tokenizer(run.model)
     config = models.configure(config, run.base_dropout, data.pad, data.classes)
     torch.manual_seed(seed_for(run.seed, "head"))  # what is missing is drawn while loading
-    model, head = models.load(run.model, data.task, config)
+    model, head = models.load(run, data.task, config)
     models.check_length(run, config, model)
     base = make_base(run, model, head, data.task, data.reads_last)
     digest = hashlib.sha256()
@@ -395,8 +395,7 @@ def evaluate(run, data, base):
         check_logits(run, data, base, forward)
         place(run, base)
     with explain_out_of_memory(run, f"--eval_batch_size {max(1, run.eval_batch_size // 2)}"):
-        splits = {"dev": data.dev, "test": data.test}
-        splits = {"test": data.test} if run.test_only else splits
+        splits = {"test": data.test} if run.test_only else {"dev": data.dev, "test": data.test}
         scores = {name: score(run, data, base, split, name) for name, split in splits.items()}
     metrics = {name: summarize(data, split, scores[name]) for name, split in splits.items()}
     test = scores["test"]

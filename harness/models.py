@@ -116,27 +116,26 @@ def head_order(names, classes):
     return order if len(order) == len(classes) and {*order} == {*range(len(classes))} else None
 
 
-def number_as_head(run, rows, names):
-    """The data's Rows with its classes numbered as in a trained head with these class names.
+def number_as_head(examples, names):
+    """The data's examples with its classes numbered as in a trained head with these class names.
 
-    A head without names (None) is taken by number. One of other classes is refused where nothing is
-    trained; otherwise `load` replaces it.
+    As they are where the head has no names (None: it is taken by number) or other classes.
     """
-    if not names or not rows.classes:
-        return rows
-    order = head_order(names, rows.classes)
-    if order is None and (run.eval_only or not run.epochs):
-        source = f"--eval_only {run.eval_only}" if run.eval_only else f"--model {run.model}"
-        head, data = (", ".join(map(printable, part[:8])) for part in (names, rows.classes))
-        fail(f"{source}: its head has the classes {head}; data: {data}")
-    if order in (None, sorted(order or [])):
-        return rows
-    classes = [rows.classes[number] for number in order]
+    order = head_order(names or (), examples.classes or ())
+    if not order or order == sorted(order):
+        return examples
+    classes = [examples.classes[number] for number in order]
     train, test = (
         part | {"label": [order.index(label) for label in part["label"]]}
-        for part in (rows.train, rows.test)
+        for part in (examples.train, examples.test)
     )
-    return replace(rows, classes=classes, train=train, test=test)
+    return replace(examples, classes=classes, train=train, test=test)
+
+
+def refuse_head(flag, names, classes):
+    """End the program where a head that is only scored has other classes than the data."""
+    head, data = (", ".join(map(printable, [*part][:8])) for part in (names, classes))
+    fail(f"{flag}: its head has the classes {head}; data: {data}")
 
 
 def check_files(name, folder):
@@ -151,7 +150,7 @@ def check_files(name, folder):
                 fail(f"--model {name}: {index.name} names {file}, which is not in its folder")
 
 
-def load(name, task, config):
+def load(run, task, config):
     """The model with a head for the task, as stored: (model, names of the head's tensors).
 
     Safetensors from the model's own folder only, and no code. One line and status 2 where the
@@ -159,7 +158,7 @@ def load(name, task, config):
     """
     import transformers
 
-    kind, folder = HEADS[task], model_folder(name)
+    name, kind, folder = run.model, HEADS[task], model_folder(run.model)
     check_files(name, folder)
     with library_errors(f"--model {name}: cannot load it for {kind}"):
         model, info = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
@@ -181,13 +180,16 @@ def load(name, task, config):
     if body:
         lacks = f"lacks {len(body)} tensors of the model itself, {min(body)} among them"
         fail(f"--model {name}: the checkpoint {lacks}")
-    if other_size:
-        say(f"--model {name}: its head has another number of labels and is replaced by a new one")
     if task == "classification":
         fresh |= {key for key in named if not key.startswith(prefix)}
-        names = class_names(load_config(name))
-        if names and not other_size and not head_order(names, config.id2label.values()):
-            say(f"--model {name}: its head has other classes and is replaced by a new one")
+        names, classes = class_names(load_config(name)), config.id2label.values()
+        other = names and not head_order(names, classes)
+        if other and not (run.epochs or run.eval_only):
+            refuse_head(f"--model {name}", names, classes)
+        if other or other_size:
+            reason = "other classes" if other else "another number of labels"
+            say(f"--model {name}: its head has {reason} and is replaced by a new one")
+        if other:
             for path, module in model.named_modules():
                 if path and not f"{path}.".startswith(prefix):
                     for tensor in module.parameters(recurse=False):

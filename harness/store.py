@@ -23,7 +23,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from harness.batches import count_steps
-from harness.models import AdapterLayer, class_names, informative, stand_ins
+from harness.models import (
+    AdapterLayer,
+    class_names,
+    head_order,
+    informative,
+    refuse_head,
+    stand_ins,
+)
 from harness.process import (
     agree,
     fail,
@@ -293,6 +300,9 @@ def load_adapter(run, base, method):
     folder, ours, model = run.eval_only, method.peft, base.model
     where = f"--eval_only {folder}"
     config, saved, trained_on = read_adapter(folder, bool(ours))
+    names, classes = head_classes(run, None), model.config.id2label.values()
+    if names and not head_order(names, classes):
+        refuse_head(where, names, classes)
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
         fail(f"{where}: it started from {start!r}, which changes the base itself")
