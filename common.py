@@ -41,7 +41,7 @@ from harness.process import (
 from harness.progress import Progress
 from harness.rows import load_tokenizer, read_rows
 from harness.splits import Split, describe, seed_for, split_rows, split_text
-from harness.store import load_checkpoint, save_checkpoint
+from harness.store import head_classes, load_checkpoint, save_checkpoint
 
 # ------------------------------------------------------------- the interface of a method
 
@@ -97,6 +97,7 @@ def load_data(run):
 
     tokenizer, config = load_tokenizer(run.model)
     rows = read_rows(run.dataset, run.data_dir)
+    rows = models.number_as_head(rows, head_classes(run, config))
     masked = config.model_type in MASKED
     last = not masked or config.is_encoder_decoder  # the token that a classifier reads
     task = "classification" if rows.classes else "mlm" if masked else "clm"
@@ -142,7 +143,7 @@ def load_base(run, data):
     _, config = load_tokenizer(run.model)
     config = models.configure(config, run.base_dropout, data.pad, data.classes)
     torch.manual_seed(seed_for(run.seed, "head"))  # what is missing is drawn while loading
-    model, head = models.load(run.model, data.task, config)
+    model, head = models.load(run, data.task, config)
     models.check_length(run, config, model)
     base = make_base(run, model, head, data.task, data.reads_last)
     digest = hashlib.sha256()
@@ -394,9 +395,10 @@ def evaluate(run, data, base):
         check_logits(run, data, base, forward)
         place(run, base)
     with explain_out_of_memory(run, f"--eval_batch_size {max(1, run.eval_batch_size // 2)}"):
-        dev = score(run, data, base, data.dev, "dev")
-        test = score(run, data, base, data.test, "test")
-    metrics = {"dev": summarize(data, data.dev, dev), "test": summarize(data, data.test, test)}
+        splits = {"test": data.test} if run.test_only else {"dev": data.dev, "test": data.test}
+        scores = {name: score(run, data, base, split, name) for name, split in splits.items()}
+    metrics = {name: summarize(data, split, scores[name]) for name, split in splits.items()}
+    test = scores["test"]
     if len(data.test.lengths) > data.official:
         metrics["official"] = summarize(data, data.test, test, data.official)
     if data.classes:
@@ -407,7 +409,7 @@ def evaluate(run, data, base):
     first = "accuracy" if data.classes else list(metrics["test"])[-1]
     shown = " · ".join(f"{name} {part[first]:.4f}" for name, part in metrics.items())
     say(f"{run.name} lr {run.lr:g} seed {run.seed}: {first.replace('_', ' ')}: {shown}")
-    diverged = dev.diverged or test.diverged
+    diverged = any(part.diverged for part in scores.values())
     return {"metrics": metrics, "test_examples": examples, "diverged": diverged}
 
 

@@ -33,7 +33,7 @@ from torch import nn
 from common import Method, evaluate, load_base, load_data, measure, replace, train
 from harness.batches import leading_examples
 from harness.export import export
-from harness.flags import adapter_args, natural, parse_args, positive, runs, share
+from harness.flags import adapter_args, count_or_zero, fraction, parse_args, positive, runs
 from harness.models import activation, feed_forward_layers, find_targets, is_linear
 from harness.process import choose_device, fail, join_process_group
 from harness.splits import generator_for
@@ -50,7 +50,7 @@ def add_args(parser):
     adapter_args(parser)
     add = parser.add_argument
     add("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
-    add("--dropout", type=share, default=0.0, help="on the adapter's input")
+    add("--dropout", type=fraction, default=0.0, help="on the adapter's input")
     slicing_args(parser)
 
 
@@ -58,8 +58,8 @@ def slicing_args(parser):
     """Add the flags of the sliced feed-forward layers."""
     add = parser.add_argument
     left_out = "share of the feed-forward channels left out in the deep layers"
-    add("--channel_sparsity", type=share, default=0.9, help=left_out)
-    add("--dense_layers", type=natural, help="this many layers stay dense (default: half)")
+    add("--channel_sparsity", type=fraction, default=0.9, help=left_out)
+    add("--dense_layers", type=count_or_zero, help="this many layers stay dense (default: half)")
     dense = "which tokens stay dense: scored ones (a causal LM: none) or none"
     add("--dense_tokens", choices=["scored", "none"], default="scored", help=dense)
     scores = "score channels exactly on a sample of tokens, or by a rank-8 SVD"

@@ -20,7 +20,7 @@ import contextual_lora
 import hira
 from common import evaluate, load_base, load_data, measure, train
 from harness.export import export
-from harness.flags import adapter_args, parse_args, positive, refuse_idle, runs, share
+from harness.flags import adapter_args, fraction, parse_args, positive, refuse_idle, runs
 from harness.process import choose_device, join_process_group
 from harness.store import load_adapter, save_result
 from plan import plan
@@ -46,7 +46,7 @@ def add_args(parser):
     add = parser.add_argument
     add("--update", choices=[*RATES], default="hira", action=Update, help="what adapts the base")
     add("--alpha", type=positive, default=16.0, help="contextual: alpha/rank scales the update")
-    add("--dropout", type=share, default=0.0, help="on the adapter's input")
+    add("--dropout", type=fraction, default=0.0, help="on the adapter's input")
     contextual_lora.slicing_args(parser)
     nf4_args(parser)
 

@@ -32,7 +32,7 @@ def fake_base(run):
     classes = ["0", "1"] if task == "classification" else None
     config = models.configure(config, run.base_dropout, pad, classes)
     model = getattr(transformers, f"AutoModelFor{models.HEADS[task]}").from_config(
-        config, dtype=torch.float32
+        config, dtype=torch.float32, trust_remote_code=False
     )
     models.check_length(run, config, model)
     names, prefix = [name for name, _ in model.named_parameters()], f"{model.base_model_prefix}."

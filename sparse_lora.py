@@ -22,7 +22,7 @@ from torch import nn
 
 from common import Method, evaluate, load_base, load_data, measure, replace, train
 from harness.export import export
-from harness.flags import adapter_args, non_negative, parse_args, positive, runs, share
+from harness.flags import adapter_args, fraction, non_negative, parse_args, positive, runs
 from harness.models import AdapterLayer, find_targets, weight_of
 from harness.process import choose_device, join_process_group
 from harness.store import load_adapter, save_result
@@ -34,8 +34,8 @@ def add_args(parser):
     adapter_args(parser)
     add = parser.add_argument
     add("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
-    add("--dropout", type=share, default=0.0, help="on the adapter's input")
-    add("--sparsity", type=share, default=0.5, help="share of A and B that ends as zero")
+    add("--dropout", type=fraction, default=0.0, help="on the adapter's input")
+    add("--sparsity", type=fraction, default=0.5, help="share of A and B that ends as zero")
     penalty = "L1 penalty, relative to Adam's step; 0.03 to 1 are useful"
     add("--penalty", type=non_negative, default=0.0, help=penalty)
     structure = "none removes single numbers, rank whole components of A and B"

@@ -1,14 +1,15 @@
 """The trained model as an ordinary Hugging Face checkpoint: weights merged, config, tokenizer."""
 
+import contextlib
 import copy
 import os
-import shutil
+import tempfile
 
 import torch
 
 from harness.models import stand_ins
-from harness.process import fail, first_line, process_index, say
-from harness.rows import load_tokenizer
+from harness.process import library_errors, process_index, say
+from harness.rows import load_tokenizer, model_folder
 
 
 @torch.no_grad()
@@ -32,12 +33,14 @@ def export(run, base):
     full size. The state is loaded strictly into a fresh model of the same class before anything is
     written: every name and every shape is there.
     """
+    from transformers import GenerationConfig
+
     if process_index() != 0:
         return
     folder, model = run.export.resolve(), base.model
     tokenizer, config = copy.deepcopy(load_tokenizer(run.model))
-    config.id2label, config.label2id = model.config.id2label, model.config.label2id
-    config.pad_token_id = model.config.pad_token_id
+    for key in ("id2label", "label2id", "problem_type", "pad_token_id"):
+        setattr(config, key, getattr(model.config, key))
     own_head = model.get_output_embeddings() in stand_ins(model).values()
     if own_head:  # the embedding that it was tied to is not adapted
         config.tie_word_embeddings = False
@@ -51,16 +54,18 @@ def export(run, base):
     whole.load_state_dict(state, assign=True)
     whole.tie_weights()
     whole.config.dtype = dtype
+    if whole.can_generate():  # its stop tokens may stand in generation_config.json alone
+        with contextlib.suppress(OSError):  # there is none
+            whole.generation_config = GenerationConfig.from_pretrained(model_folder(run.model))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        whole.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)  # new, or empty: nothing of the user's is ever replaced
-    except Exception as error:  # the libraries have their own words for a full disk
-        fail(f"--export {run.export}: cannot write it ({first_line(error)})", status=1)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        library_errors(f"--export {run.export}: cannot write it", status=1),
+        tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished,
+    ):
+        whole.save_pretrained(f"{unfinished}/model")
+        tokenizer.save_pretrained(f"{unfinished}/model")
+        os.rename(f"{unfinished}/model", folder)  # new, or empty: nothing of the user's is replaced
     size = sum(tensor.nbytes for tensor in whole.parameters()) / 2**20
     say(f"wrote the merged model to {run.export} ({size:,.1f} MiB, {str(dtype)[6:]})")

@@ -1,4 +1,4 @@
-"""The command line: what a run may be told, checked first; one run a learning rate and seed."""
+"""The command line: all flags are checked first; each learning rate and seed is a run."""
 
 import argparse
 import hashlib
@@ -9,18 +9,20 @@ import shlex
 import sys
 from pathlib import Path
 
-from harness.process import fail, first_line, one_line_on_interrupt
+from harness.process import fail, first_line, one_line_on_interrupt, say
 from harness.rows import DEMOS, HUB, LENGTHS
-from harness.store import finished
+from harness.store import differences, files_sha256, finished, read_result
 
 # What decides neither a run's outcome nor its costs, and what its file name says already.
 NOT_SETTINGS = {
     *("seeds", "seed", "search", "lr", "method", "name", "out", "force", "device", "data_dir"),
-    *("eval_only", "save_every", "timing", "command", "export", "plan", "changed"),
+    *("eval_only", "save_every", "timing", "command", "export", "plan", "changed", "test_only"),
 }
+# Settings that change neither data nor weights: a saved adapter may be scored with others.
+SCORING = {"batch_size", "eval_batch_size", "grad_accum", "checkpointing", "precision"}
 
 
-def number(kind, low, high, what):
+def number(kind, low, high, wanted):
     """An argparse type: `kind` within low..high, with a message that says what was wanted."""
 
     def convert(text):
@@ -28,113 +30,125 @@ def number(kind, low, high, what):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value <= high:  # also true of nan
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        if not low <= value <= high:  # also true of NaN
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
 
     return convert
 
 
 count = number(int, 1, 2**31, "a whole number of 1 or more")
-natural = number(int, 0, 2**31, "a whole number of 0 or more")
+count_or_zero = number(int, 0, 2**31, "a whole number of 0 or more")
+few = number(int, 1, 99, "a whole number from 1 to 99")
 positive = number(float, 1e-30, 1e30, "a positive number")
 non_negative = number(float, 0, 1e30, "a number of 0 or more")
-share = number(float, 0, 1 - 1e-9, "a share from 0 up to, not including, 1")
+fraction = number(float, 0, 1 - 1e-9, "a fraction from 0 up to, not including, 1")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and that reads files of flags (@file)."""
+    """Says what is wrong in one line; an @file has several flags a line, # begins a comment."""
+
+    source = ""  # where the flags come from, if not from the command line
 
     def error(self, message):
-        fail(f"{message} (--help lists the flags)")
+        fail(f"{self.source}{message} (--help lists the flags)")
 
-    def convert_arg_line_to_args(self, line):  # for @file: several words a line, # begins a comment
+    def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
+
+    def parse_recorded(self, flags, source):
+        """A Namespace of a result file's flags {name: value}, checked as a command line is."""
+        line = []
+        for action in self._actions:
+            value = flags.get(action.dest)
+            values = [] if action.nargs == 0 else value if isinstance(value, list) else [value]
+            if value is not None and (values or value == action.const):
+                line += [action.option_strings[-1], *map(str, values)]
+        self.source, self.fromfile_prefix_chars = source, None
+        args = self.parse_args(line)
+        self.source, self.fromfile_prefix_chars = "", "@"
+        return args
 
 
 def adapter_args(parser):
     """Add the two flags that every adapter has and the baseline has not."""
-    parser.add_argument(
-        "--rank",
-        type=count,
-        default=8,
-        help="r, the width of A and B; the LoRA paper's usual value",
-    )
-    parser.add_argument(
-        "--targets",
-        nargs="+",
-        metavar="NAME",
-        help="linear layers to adapt, by the end of their names (default: query and value; key too "
-        "where one layer holds all)",
-    )
+    add = parser.add_argument
+    add("--rank", type=count, default=8, help="The width r of the matrices A and B.")
+    targets = "The linear layers to adapt, by the end of their names (default: query and value)."
+    add("--targets", nargs="+", metavar="NAME", help=targets)
 
 
 def shared_args(parser):
-    """Add the flags that all scripts share."""
-    add = parser.add_argument
-    add(
-        "--dataset",
-        default="demo",
-        help="demo, demo_lm, sst2, imdb, wikitext2, or a folder with train and test (or "
-        "validation) files that have text and label columns; demo needs no network",
-    )
-    add("--model", help="hub id or folder (default: distilbert-base-uncased; the demos' own)")
-    add("--data_dir", default="data", help="DIR/sst2 and so on hold parquet files; tried first")
-    add("--seeds", type=natural, nargs="+", default=[0], help="runs to make; verdicts want 6")
-    add(
-        "--lr",
-        type=positive,
-        nargs="+",
-        default=[2e-3],
-        help="peak learning rates, a run each; compare.py takes the one that is best on dev",
-    )
-    add("--search", type=count, metavar="N", help="N rates, factors of 2 apart, around --lr")
-    head_lr = "of the head, equal for all methods; where only the head is trained it is --lr"
+    """Add the flags that all scripts share, in groups."""
+    add = parser.add_argument_group("data").add_argument
+    dataset = "The data: demo, demo_lm, sst2, imdb, wikitext2, or your own file or folder with the "
+    dataset += "columns text and label. The demos need no network."
+    add("--dataset", default="demo", help=dataset)
+    add("--data_dir", default="data", help="Files are read from DIR/sst2 and so on, or the hub.")
+    length = "Cut texts to this many tokens (default: 128; imdb and your own data 256; demos 64)."
+    add("--max_length", type=count, help=length)
+    add("--train_samples", type=count, help="Train on this many examples, others at each seed.")
+    dev = "Take this many dev examples from the training split (default: a tenth, at most 500)."
+    add("--dev_samples", type=count, help=dev)
+    add("--test_samples", type=count, help="Score this many test examples, equal for all seeds.")
+    heldout = "Take this many further test examples from the training split."
+    add("--heldout", type=count_or_zero, default=0, help=heldout)
+
+    add = parser.add_argument_group("model").add_argument
+    model = "A hub id or a folder (default: distilbert-base-uncased; the demos have their own)."
+    add("--model", help=model)
+    add("--base_dropout", type=fraction, default=0.0, help="Dropout inside the pre-trained model.")
+    precision = "Number format of the frozen model; auto is bf16 on a GPU that has it, else fp32."
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
+    checkpointing = "Compute activations again in the backward pass: less memory, more time."
+    add("--checkpointing", action="store_true", help=checkpointing)
+    add("--device", default="auto", help="cpu, cuda or cuda:1; auto is a GPU if there is one.")
+
+    add = parser.add_argument_group("training").add_argument
+    seeds = "Random seeds, one run each; compare.py needs 6 for a verdict."
+    add("--seeds", type=count_or_zero, nargs="+", default=[0], help=seeds)
+    lr = "Peak learning rates, one run each; compare.py takes the one with the best dev score."
+    add("--lr", type=positive, nargs="+", default=[2e-3], help=lr)
+    add("--search", type=few, metavar="N", help="Try N values around --lr, factors of 2 apart.")
+    head_lr = "Learning rate of the classification layer beside an adapter."
     add("--head_lr", type=positive, default=1e-3, help=head_lr)
-    add("--epochs", type=natural, default=3, help="passes over the training rows; 0 only scores")
-    add("--max_steps", type=count, help="stop after this many steps, whatever --epochs says")
-    add("--batch_size", type=count, default=32, help="rows a forward pass, on each device")
-    scoring = "rows a forward pass while scoring (default: --batch_size)"
-    add("--eval_batch_size", type=count, help=scoring)
-    add("--grad_accum", type=count, default=1, help="forward passes per optimizer step")
-    add("--weight_decay", type=non_negative, default=0.0, help="AdamW's; 0 as in most adapter work")
-    add("--warmup", type=share, default=0.06, help="share of the steps with rising rate; LoRA's")
-    add("--base_dropout", type=share, default=0.0, help="the base's own; a frozen base needs none")
-    add("--max_length", type=count, help="tokens a row (default: 128; imdb, folders 256; demos 64)")
-    add("--train_samples", type=count, help="train on so many random rows, others at each seed")
-    add("--test_samples", type=count, help="score so many random test rows, the same at each seed")
-    add("--heldout", type=natural, default=0, help="further test rows, cut from the training split")
-    add(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="auto: bf16 on a GPU that has it, else fp32",
-    )
-    add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 …; auto is a GPU if there is one")
-    add("--out", type=Path, default=Path("results"), help="folder for result files and adapters")
-    add("--name", help="the result's name (default: the script's and its changed method flags)")
-    add("--force", action="store_true", help="run again where a result exists, and replace it")
-    add("--eval_only", type=Path, metavar="FOLDER", help="score a saved adapter, train nothing")
-    add("--export", type=Path, metavar="FOLDER", help="write the merged model as a checkpoint")
-    add("--plan", action="store_true", help="print memory and operations of a step; load nothing")
-    add("--timing", action="store_true", help="time inference, score the merged model, too")
-    add("--save_every", type=count, metavar="STEPS", help="write a checkpoint this often")
+    epochs = "Passes over the training examples; 0 only scores the model."
+    add("--epochs", type=count_or_zero, default=3, help=epochs)
+    add("--max_steps", type=count, help="Train for this many steps instead of --epochs.")
+    add("--batch_size", type=count, default=32, help="Examples of a forward pass on each device.")
+    add("--grad_accum", type=count, default=1, help="Forward passes for each optimizer step.")
+    add("--weight_decay", type=non_negative, default=0.0, help="AdamW's weight decay.")
+    warmup = "Fraction of the steps in which the learning rate rises."
+    add("--warmup", type=fraction, default=0.06, help=warmup)
+
+    add = parser.add_argument_group("scoring").add_argument
+    eval_only = "Score a saved adapter without training, with the flags of its result file."
+    add("--eval_only", type=Path, metavar="FOLDER", help=eval_only)
+    add("--eval_batch_size", type=count, help="--batch_size while scoring (default: the same).")
+    add("--timing", action="store_true", help="Also time inference and score the merged model.")
+    add("--plan", action="store_true", help="Only print the memory and FLOPs of a training step.")
+
+    add = parser.add_argument_group("files").add_argument
+    add("--out", type=Path, default=Path("results"), help="Folder for results and adapters.")
+    add("--name", help="Name of the result (default: the method and its changed flags).")
+    add("--force", action="store_true", help="Run again and replace a result that exists.")
+    export = "Write the trained model, adapter merged, as a Hugging Face checkpoint."
+    add("--export", type=Path, metavar="FOLDER", help=export)
+    add("--save_every", type=count, metavar="STEPS", help="Write a checkpoint this often.")
 
 
 def parse_args(doc, file, add_args, argv=None):
     """Read the command line of the script `file`; `doc` is its docstring, `add_args` adds its own.
 
-    Returns a Namespace with `method` (the script's stem), `changed` (its own flags that are not at
-    their default). Wrong input ends the program with one line and status 2.
+    Returns a Namespace with `method` (the script's stem), `changed` (the method's flags that are
+    not at their default) and `test_only` (an adapter whose dev examples are unknown). Wrong input
+    ends the program with one line and status 2.
     """
-    parser = Parser(
-        prog=Path(file).name,
-        description=doc,
-        fromfile_prefix_chars="@",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    name = Path(file).name
+    options = {"fromfile_prefix_chars": "@", "allow_abbrev": False, "usage": f"{name} [flags]"}
+    style = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=name, description=doc, formatter_class=style, **options)
+    parser._optionals.title = "this method"
     shared_args(parser)
     shared = {action.dest for action in parser._actions}
     parser.set_defaults(method=Path(file).stem)
@@ -145,18 +159,22 @@ def parse_args(doc, file, add_args, argv=None):
 
     if argv is None:
         one_line_on_interrupt()
-    words = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    line = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    recorded = {}
     try:
-        args = parser.parse_args(words)
+        args = parser.parse_args(line)
+        if args.eval_only and (recorded := trained_run(args.eval_only)):
+            source = f"--eval_only {args.eval_only}, its result file: "
+            args = parser.parse_args(line, parser.parse_recorded(recorded, source))
     except ValueError as error:  # an @file that is not text, or has an unclosed quote
-        files = " ".join(word for word in words if word[:1] == "@")
+        files = " ".join(word for word in line if word[:1] == "@")
         fail(f"{files}: not a file of flags ({first_line(error)})")
     if getattr(args, "targets", None):
-        names = [name for word in args.targets for name in word.split(",") if name]
-        args.targets = names or fail("--targets names no layer")
-    own = [action for action in parser._actions if action.dest not in shared | {"method"}]
-    args.changed = {a.dest for a in own if getattr(args, a.dest) != a.default}
-    args.name = args.name or default_name(args, own)
+        targets = [layer for word in args.targets for layer in word.split(",") if layer]
+        args.targets = targets or fail("--targets names no layer")
+    method_flags = [action for action in parser._actions if action.dest not in shared | {"method"}]
+    args.changed = {a.dest for a in method_flags if getattr(args, a.dest) != a.default}
+    args.name = args.name or default_name(args, method_flags)
     if not re.fullmatch(r"[\w.-]+", args.name):
         fail(f"--name {args.name!r}: use letters, digits, '.', '_' and '-' only")
     if args.search:
@@ -167,16 +185,19 @@ def parse_args(doc, file, add_args, argv=None):
     known = [*HUB, *DEMOS]
     for key in ("dataset", "model"):  # one folder is one name: my, my/ and ./my
         value = getattr(args, key)
-        if value and Path(value).is_dir() and os.path.normpath(value) not in known:
+        if value and Path(value).exists() and os.path.normpath(value) not in known:
             setattr(args, key, os.path.normpath(value))
-    if args.dataset not in known and not Path(args.dataset).is_dir():
-        fail(f"--dataset {args.dataset}: neither a folder nor one of {', '.join(known)}")
+    if args.dataset not in known and not Path(args.dataset).exists():
+        fail(f"--dataset {args.dataset}: neither a file, a folder nor one of {', '.join(known)}")
     args.model = args.model or ("demo" if args.dataset in DEMOS else "distilbert-base-uncased")
     args.max_length = args.max_length or LENGTHS.get(args.dataset, 256)
     args.eval_batch_size = args.eval_batch_size or args.batch_size
     # A folder given by an absolute path is recorded by its name alone: no machine's paths.
-    words = [re.sub(r"(^|[=@])/.*/", r"\1", word) for word in words]
-    args.command = " ".join([Path(file).name, *words])
+    line = [re.sub(r"(^|[=@])/.*/", r"\1", word) for word in line]
+    args.command = " ".join([name, *line])
+    args.test_only = bool(args.eval_only) and not recorded
+    if recorded:
+        refuse_contradictions(args, recorded)
 
     if args.export:
         if args.export.is_file() or args.export.is_dir() and any(args.export.iterdir()):
@@ -184,6 +205,32 @@ def parse_args(doc, file, add_args, argv=None):
         if len(args.seeds) > 1 or len(args.lr) > 1 and not args.eval_only:
             fail(f"--export {args.export}: of one run; give one of --seeds and one --lr")
     return args
+
+
+def trained_run(folder):
+    """The flags of the run that saved the adapter in `folder`, from the result file beside it.
+
+    {} where there is none. "data files" is their hash.
+    """
+    path = Path(f"{os.path.abspath(folder)}.json")
+    if not path.exists():
+        say(f"--eval_only {folder}: no {path.name} beside it, so its dev examples are unknown")
+        return {}
+    if not (result := read_result(path)):
+        fail(f"--eval_only {folder}: {path.name} beside it is not a complete result file")
+    left_out = NOT_SETTINGS | SCORING | {"dataset folder", "model folder"}  # a folder may move
+    flags = {key: value for key, value in result["settings"].items() if key not in left_out}
+    flags |= {"method": result.get("method"), "data files": result["data"].get("files_sha256")}
+    return flags | {"seeds": [result.get("seed")], "lr": [result.get("lr")]}
+
+
+def refuse_contradictions(args, recorded):
+    """End the program where a flag, or the data, is not what the adapter's result file says."""
+    files = recorded["data files"] and files_sha256(args.dataset, args.data_dir)
+    flags = settings(args) | {"seeds": args.seeds, "lr": args.lr, "data files": files}
+    if differ := differences(recorded, {key: flags.get(key, recorded[key]) for key in recorded}):
+        advice = "for test scores on other data copy the folder away from that file"
+        fail(f"--eval_only {args.eval_only}: not what its result file says ({differ}); {advice}")
 
 
 def as_word(value):
@@ -199,22 +246,15 @@ def refuse_idle(run, flags, where):
         fail(f"--{flag} {getattr(run, flag)}: not with {where}")
 
 
-def default_name(args, own):
-    """The method's name and each of its `own` flags (actions) that is not at its default."""
-    words = [args.method]
-    for action in own:
+def default_name(args, method_flags):
+    """The method's name and each of its flags (argparse actions) that is not at its default."""
+    parts = [args.method]
+    for action in method_flags:
         value = getattr(args, action.dest)
-        if value == action.default:
-            continue
-        if action.nargs == 0:  # a switch says all by its name
-            words.append(action.dest)
-        elif action.choices:
-            words.append(value)
-        else:
-            words.append(action.dest + as_word(value))
-    if args.epochs == 0:
-        words.append("untrained")
-    return "-".join(words)
+        if value != action.default:
+            shown = "" if action.nargs == 0 else as_word(value)
+            parts.append(shown if action.choices else action.dest + shown)
+    return "-".join(parts + ["untrained"] * (args.epochs == 0))
 
 
 def settings(args):
@@ -231,24 +271,25 @@ def settings(args):
 def runs(args):
     """Yield a Namespace per seed and learning rate that has no finished result yet.
 
-    It has all flags, and `lr` (one), `seed`, `settings`, `path` (of its result file). All results
-    are looked at before the first run starts: one with other settings ends the program.
+    It has all flags, and `lr` (one), `seed`, `settings`, `path` (of its result file), and which of
+    how many runs it is, `number` and `count`. All results are looked at before the first run
+    starts: one with other settings ends the program.
     """
-    kept = settings(args)
-    stem = f"{Path(kept['dataset']).name}-{args.name}-{Path(kept['model']).name}"
-    once = args.eval_only or args.epochs == 0  # nothing is trained: one rate is as good as another
-    todo = []
-    for seed in dict.fromkeys(args.seeds):  # a seed's rates in a row: they share their data
+    flags, todo = settings(args), []
+    stem = f"{Path(flags['dataset']).name}-{args.name}-{Path(flags['model']).name}"
+    once = args.eval_only or args.epochs == 0  # nothing is trained: any learning rate will do
+    for seed in dict.fromkeys(args.seeds):  # a seed's learning rates in a row: they share data
         for lr in args.lr[:1] if once else dict.fromkeys(args.lr):
             path = args.out / f"{stem}-lr{lr:g}-seed{seed}.json"
             if len(os.fsencode(path.name)) > 240:
                 fail(f"{path.name[:40]} …: too long for a file's name; give a short --name")
-            own = {"seed": seed, "lr": lr, "settings": kept, "path": path}
-            todo.append(argparse.Namespace(**{**vars(args), **own}))
-    there = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)) and not args.eval_only:
+            run = {"seed": seed, "lr": lr, "settings": flags, "path": path}
+            todo.append(argparse.Namespace(**{**vars(args), **run}))
+    folder = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)) and not args.eval_only:
         fail(f"--out {args.out}: no folder that can be written; name another")
     todo = [run for run in todo if args.eval_only or not finished(run)]
     for number, run in enumerate(todo, 1):
         run.number, run.count = number, len(todo)
-    yield from todo
+        if args.eval_only or not finished(run):  # another process may have done it meanwhile
+            yield run

@@ -5,15 +5,19 @@ transformers is imported where it is used: it takes seconds, and --help must not
 
 import contextlib
 import copy
+import json
 import math
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from harness.process import fail, first_line, say
-from harness.rows import model_folder
+from harness.process import fail, first_line, library_errors, say
+from harness.rows import load_config, model_folder
+from harness.text import printable
 
 # The head of a task in transformers' class names.
 HEADS = {"classification": "SequenceClassification", "mlm": "MaskedLM", "clm": "CausalLM"}
@@ -86,28 +90,88 @@ def configure(config, dropout, pad, classes):
     if classes:
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
+        config.problem_type = "single_label_classification"  # not a regression head's
     return config
 
 
-def load(name, task, config):
+def informative(names):
+    """The names of a head's classes, or None where there are none or numbers alone (LABEL_0, 1)."""
+    generic = all(re.fullmatch(r"(LABEL_)?\d+", str(name)) for name in names)
+    return None if generic else names
+
+
+def class_names(config):
+    """The class names, by number, of the trained head of a checkpoint; None as in informative."""
+    trained = any("SequenceClassification" in str(name) for name in config.architectures or [])
+    return informative(list(config.id2label.values()) if trained else [])
+
+
+def head_order(names, classes):
+    """For each class of a head its number in `classes`; None where it has other classes.
+
+    Upper and lower case are the same: NEGATIVE is negative.
+    """
+    numbers = {str(name).casefold(): number for number, name in enumerate(classes)}
+    order = [numbers.get(str(name).casefold()) for name in names]
+    return order if len(order) == len(classes) and {*order} == {*range(len(classes))} else None
+
+
+def number_as_head(examples, names):
+    """The data's examples with its classes numbered as in a trained head with these class names.
+
+    As they are where the head has no names (None: it is taken by number) or other classes.
+    """
+    order = head_order(names or (), examples.classes or ())
+    if not order or order == sorted(order):
+        return examples
+    classes = [examples.classes[number] for number in order]
+    train, test = (
+        part | {"label": [order.index(label) for label in part["label"]]}
+        for part in (examples.train, examples.test)
+    )
+    return replace(examples, classes=classes, train=train, test=test)
+
+
+def refuse_head(flag, names, classes):
+    """End the program where a head that is only scored has other classes than the data."""
+    head, data = (", ".join(map(printable, [*part][:8])) for part in (names, classes))
+    fail(f"{flag}: its head has the classes {head}; data: {data}")
+
+
+def check_files(name, folder):
+    """Refuse an index that names other files than safetensors inside the model's own folder."""
+    for index in Path(folder).glob("*.safetensors.index.json"):
+        try:
+            files = {*map(str, json.loads(index.read_text())["weight_map"].values())}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            fail(f"--model {name}: {index.name} is not a list of files")
+        for file in files:
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                fail(f"--model {name}: {index.name} names {file}, which is not in its folder")
+
+
+def load(run, task, config):
     """The model with a head for the task, as stored: (model, names of the head's tensors).
 
-    Safetensors only, no remote code. One line and status 2 where the checkpoint cannot be used.
+    Safetensors from the model's own folder only, and no code. One line and status 2 where the
+    checkpoint cannot be used.
     """
     import transformers
 
-    kind = HEADS[task]
-    try:
+    name, kind, folder = run.model, HEADS[task], model_folder(run.model)
+    check_files(name, folder)
+    with library_errors(f"--model {name}: cannot load it for {kind}"):
         model, info = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
-            model_folder(name),
+            folder,
             config=config,
             dtype="auto",
+            trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except Exception as error:  # no weights, a torn file, an unknown architecture …
-        fail(f"--model {name}: cannot load it for {kind} ({first_line(error)})")
+    if getattr(model, "_hf_peft_config_loaded", False):  # a hub id's; a folder is refused before
+        fail(f"--model {name}: it holds an adapter, not a model; name its base")
     named = dict(model.named_parameters(remove_duplicate=False))
     prefix = f"{model.base_model_prefix}."
     other_size = {key[0] for key in info["mismatched_keys"]}
@@ -116,10 +180,21 @@ def load(name, task, config):
     if body:
         lacks = f"lacks {len(body)} tensors of the model itself, {min(body)} among them"
         fail(f"--model {name}: the checkpoint {lacks}")
-    if other_size:
-        say(f"--model {name}: its head has another number of labels and is replaced by a new one")
     if task == "classification":
         fresh |= {key for key in named if not key.startswith(prefix)}
+        names, classes = class_names(load_config(name)), config.id2label.values()
+        other = names and not head_order(names, classes)
+        if other and not (run.epochs or run.eval_only):
+            refuse_head(f"--model {name}", names, classes)
+        if other or other_size:
+            reason = "other classes" if other else "another number of labels"
+            say(f"--model {name}: its head has {reason} and is replaced by a new one")
+        if other:
+            for path, module in model.named_modules():
+                if path and not f"{path}.".startswith(prefix):
+                    for tensor in module.parameters(recurse=False):
+                        tensor._is_hf_initialized = False  # transformers draws no other ones
+                    model._init_weights(module)
     elif (output := model.get_output_embeddings()) is not None:
         if any(named[key] is output.weight for key in fresh):
             lacks = "no output embeddings, tied or not: this would train a vocabulary from nothing"
@@ -162,10 +237,8 @@ def check_causal(name, model):
     other = ids.clone()
     other[0, -1] = 0
     model.eval()
-    try:
+    with library_errors(f"--model {name}: cannot run it on tokens alone"):
         a, b = (model(input_ids=x).logits[0, :-1] for x in (ids, other))
-    except Exception as error:  # a model that wants more than tokens
-        fail(f"--model {name}: cannot run it on tokens alone ({first_line(error)})")
     small = max(1e-3, 8 * torch.finfo(a.dtype).eps) * float(a.abs().max())
     if not torch.allclose(a, b, atol=small):
         fail(f"--model {name}: its attention sees later tokens, so it has no causal perplexity")

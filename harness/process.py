@@ -11,12 +11,14 @@ import sys
 import traceback
 from pathlib import Path
 
+from harness.text import printable
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def fail(message, status=2):
     """End the program with one line on stderr. Status 2: wrong input; 1: the run went wrong."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {printable(message, 2000)}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -26,7 +28,12 @@ def first_line(error):
 
 
 def is_our_mistake(error):
-    """Whether an exception was raised in a line of this repository, not inside a library."""
+    """Whether an exception was raised in a line of this repository, not inside a library.
+
+    What the system refuses (OSError) is no mistake: the built-in functions have no line of theirs.
+    """
+    if isinstance(error, OSError):
+        return False
     frames = traceback.extract_tb(error.__traceback__)
     # A misspelled attribute of a module or a config: their own __getattr__ raises the error.
     file = Path([f for f in frames if not f.name.startswith("__getattr")][-1].filename).resolve()
@@ -57,10 +64,10 @@ def process_count():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def say(*words):
-    """Print once, however many processes there are."""
+def say(*parts):
+    """Print one line, once, however many processes there are."""
     if process_index() == 0:
-        print(*words, flush=True)
+        print(*(printable(part, 2000) for part in parts), flush=True)
 
 
 def choose_device(args):
@@ -74,13 +81,15 @@ def choose_device(args):
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    with library_errors(f"--device {name}: not available"):
+    try:
         kind = torch.device(name).type
         if kind == "cuda" and process_count() > 1:
             name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.empty(1, device=name).item()
         if kind == "cuda" and ":" in name:
             torch.cuda.set_device(name)  # or events and all-reduces would use the first GPU
+    except (RuntimeError, AssertionError) as error:  # torch's own; it has no line of its own
+        fail(f"--device {name}: not available ({first_line(error)})")
     if kind not in ("cpu", "cuda"):
         fail(f"--device {name}: only cpu and cuda are supported")
     args.device = name

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from harness import demo
-from harness.process import fail, first_line
+from harness.process import fail, first_line, library_errors
 
 HUB = {
     "sst2": ("stanfordnlp/sst2", None),
@@ -176,20 +176,25 @@ def load_config(model):
     folder = model_folder(model)
     if not Path(folder).is_dir():
         offline_if_unreachable()
+    elif (Path(folder) / "adapter_config.json").exists():  # transformers would load its base
+        fail(f"--model {model}: this folder holds an adapter; name its base, or --eval_only")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        return transformers.AutoConfig.from_pretrained(folder)
-    except Exception as error:  # many kinds; each means that this name cannot be used
-        if os.environ.get("HF_HUB_OFFLINE") and not Path(folder).is_dir():
-            fail(
-                f"--model {model}: no such folder here, not in the hub's cache, and the hub cannot "
-                "be reached; pass a folder with --model (and one with the data by --data_dir), or "
-                "try --dataset demo, which needs no network"
-            )
-        fail(f"--model {model}: no usable config there ({first_line(error)})")
+    message = f"--model {model}: no usable config there"
+    if os.environ.get("HF_HUB_OFFLINE") and not Path(folder).is_dir():
+        message = (
+            f"--model {model}: no such folder here, not in the hub's cache, and the hub cannot be "
+            "reached; pass a folder with --model (and one with the data by --data_dir), or try "
+            "--dataset demo, which needs no network"
+        )
+    with library_errors(message):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # A config may name attention kernels to download, and another file of weights.
+    config._attn_implementation = None
+    vars(config).pop("transformers_weights", None)
+    return config
 
 
 @functools.cache
@@ -198,10 +203,9 @@ def load_tokenizer(model):
     config = load_config(model)
     import transformers
 
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder(model))
-    except Exception as error:
-        fail(f"--model {model}: no usable tokenizer there ({first_line(error)})")
+    with library_errors(f"--model {model}: no usable tokenizer there"):
+        folder = model_folder(model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         fail(f"--model {model}: it has no tokenizer; wanted: tokenizer.json, or what its kind has")
     return tokenizer, config

@@ -49,7 +49,7 @@ def test_trains_and_saves_what_peft_loads_and_merges(
     ours, grads = gradients(base, batch)
     with torch.no_grad(), library.as_plain_linears(base.model, True, torch.float32):
         torch.testing.assert_close(common.forward(base, batch), ours, atol=2e-5, rtol=2e-4)
-    save_adapter(run, base, method, data.task)
+    save_adapter(run, data, base, method)
     twin = in_peft(run, data, base)
     theirs = twin(input_ids=batch.ids, attention_mask=batch.mask).logits
     torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=2e-4)

@@ -1,6 +1,9 @@
-"""The process around a run: memory that does not suffice, signals, the hub, quiet libraries."""
+"""The process around a run: out of memory, signals, the hub, quiet libraries, model folders."""
 
+import io
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ended, rows_flags
+import transformers
+from conftest import ended, ready, rows_flags
+from safetensors.torch import load_file
 
 import common
 import lora
 from harness import rows
-from harness.process import explain_out_of_memory, stop_signals
+from harness.models import configure
+from harness.process import explain_out_of_memory, fail, say, stop_signals
 
 ROOT = Path(__file__).parents[1]
 RUN = Namespace(batch_size=32, grad_accum=1, max_length=128, device="cpu")
@@ -33,6 +39,15 @@ def test_out_of_memory_is_one_line_that_says_what_is_smaller(error, capfd):
     assert "--batch_size 16 with --grad_accum 2" in said and "--checkpointing" in said
 
 
+def test_no_line_holds_what_a_terminal_would_act_on(capfd):
+    with pytest.raises(SystemExit):
+        fail("--model \x1b]0;title\x07: a\nb \u202ec \ud800 " + "d" * 9999)
+    say("\x1b[2Ja", 3)
+    shown, error = capfd.readouterr()
+    assert "--model �]0;title�: a�b �c � ddd" in error and len(error) < 2100
+    assert shown == "�[2Ja 3\n" and error.count("\n") == 1
+
+
 def test_other_errors_pass(capfd):
     for error in (RuntimeError("shapes cannot be multiplied"), ValueError("x")):
         with pytest.raises(type(error)), explain_out_of_memory(RUN):
@@ -46,10 +61,10 @@ def test_a_run_that_needs_too_much(place, models, reviews, tmp_path, monkeypatch
         raise RuntimeError(CPU)
 
     monkeypatch.setattr(common, place, full)
-    words = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
-    code, error = ended(capfd, lora, *words)
+    line = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
+    code, error = ended(capfd, lora, *line)
     assert code == 1 and "out of memory on cpu" in error and not list(tmp_path.glob("*.json"))
-    assert ("--eval_batch_size 16; what is trained is kept" in error) == (place == "score")
+    assert ("--eval_batch_size 16; the trained weights are saved" in error) == (place == "score")
 
 
 def test_a_second_signal_stops_at_once_and_handlers_are_handed_back(capfd):
@@ -62,12 +77,12 @@ def test_a_second_signal_stops_at_once_and_handlers_are_handed_back(capfd):
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-def process(tmp_path, *words, **environment):
+def process(tmp_path, *line, **environment):
     """(status, stdout, stderr) of lora.py started as a user would, without a hub's cache."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     kept = {k: v for k, v in kept.items() if "proxy" not in k.lower()}
     done = subprocess.run(
-        [sys.executable, ROOT / "lora.py", *map(str, words), "--out", tmp_path / "out"],
+        [sys.executable, ROOT / "lora.py", *map(str, line), "--out", tmp_path / "out"],
         cwd=tmp_path,
         timeout=90,
         capture_output=True,
@@ -82,8 +97,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(tmp_path):
     with socket.socket() as closed:  # taken, and not listening: every connection is refused
         closed.bind(("127.0.0.1", 0))
         hub = f"http://127.0.0.1:{closed.getsockname()[1]}"
-        words = ["--dataset", "sst2", "--data_dir", "nowhere"]
-        status, out, error = process(tmp_path, *words, HF_ENDPOINT=hub)
+        line = ["--dataset", "sst2", "--data_dir", "nowhere"]
+        status, out, error = process(tmp_path, *line, HF_ENDPOINT=hub)
     assert status == 2 and out == "" and error.count("\n") == 1, error
     for name in ("distilbert-base-uncased", "--model", "--data_dir", "--dataset demo"):
         assert name in error
@@ -107,8 +122,8 @@ def test_an_unreachable_hub_is_asked_once_and_briefly(monkeypatch):
 
 
 def test_only_our_own_lines_reach_the_terminal(models, reviews, tmp_path):
-    words = [*rows_flags(models, reviews), "--max_steps", 2, "--no_timing"]
-    status, out, error = process(tmp_path, *words)
+    line = [*rows_flags(models, reviews), "--max_steps", 2]
+    status, out, error = process(tmp_path, *line)
     assert status == 0 and error == ""
     starts = [
         "reviews, seed 0: ",
@@ -116,28 +131,89 @@ def test_only_our_own_lines_reach_the_terminal(models, reviews, tmp_path):
         "lora lr 0.002 seed 0: accuracy",
         "trained 2 steps in ",
     ]
-    lines = out.splitlines()
+    lines = [line for line in out.splitlines() if "% of all steps" not in line]
     assert len(lines) == 4
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True))
 
 
-@pytest.mark.parametrize("damage", ["no weights", "torn", "no tokenizer", "a file"])
-def test_wrong_model_folders(damage, models, reviews, tmp_path, capfd):
-    import shutil
+def edit_json(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
+
+def index(folder, content):
+    (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def pickle(folder, name):
+    torch.save(load_file(folder / "model.safetensors"), folder / name)
+    (folder / "model.safetensors").unlink()
+    edit_json(folder / "config.json", transformers_weights=name)
+
+
+def tear(path):
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def copied_code(folder, **fields):
+    edit_json(
+        folder / "config.json", auto_map={"AutoConfig": "code.C", "AutoModel": "code.M"}, **fields
+    )
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["code.T", None]})
+
+
+OUTSIDE, PICKLED = "../model.safetensors", "pytorch_model.bin"
+DAMAGES = {  # what is done to a model's folder, what the line names; whether --plan sees it, too
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no file named model.safe", False),
+    "torn": (lambda f: tear(f / "model.safetensors"), "cannot load it", False),
+    "pickled": (lambda f: pickle(f, "adapter_model.bin"), "no file named model.safe", False),
+    "outside": (lambda f: index(f, {"weight_map": {"x": OUTSIDE}}), f"names {OUTSIDE}", False),
+    "bin shards": (lambda f: index(f, {"weight_map": {"x": PICKLED}}), f"names {PICKLED}", False),
+    "torn index": (lambda f: index(f, []), "is not a list of files", False),
+    "no tokenizer": (lambda f: [path.unlink() for path in f.glob("token*")], "tokenizer", False),
+    "adapter": (lambda f: (f / "adapter_config.json").touch(), "folder holds an adapter", True),
+    "code": (lambda f: copied_code(f, model_type="new"), "no usable config there", True),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "no usable config there", True),
+    "a file": (lambda f: [shutil.rmtree(f), f.write_text("x")], "no such folder", True),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_wrong_model_folders(damage, models, reviews, tmp_path, monkeypatch, capfd):
+    """Each is one line; no code in the folder runs, though the user would say yes."""
+    folder, (change, named, seen) = tmp_path / "model", DAMAGES[damage]
+    shutil.copytree(models("distilbert"), folder)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    change(folder)
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    line = [*rows_flags(models, reviews), "--model", folder, "--out", tmp_path / "out"]
+    for plan in [[], ["--plan"]] if seen else [[]]:
+        code, error = ended(capfd, lora, *line, *plan)
+        assert code == 2 and f"--model {folder}" in error and named in error
+    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
+
+
+def test_a_known_model_runs_no_code_of_its_folder(models, reviews, tmp_path):
+    """Nor are the attention kernels loaded that its config names."""
     folder = tmp_path / "model"
     shutil.copytree(models("distilbert"), folder)
-    weights = folder / "model.safetensors"
-    if damage == "no weights":
-        weights.unlink()
-    elif damage == "torn":
-        weights.write_bytes(weights.read_bytes()[:500])
-    elif damage == "no tokenizer":
-        for path in folder.glob("token*"):
-            path.unlink()
-    else:
-        shutil.rmtree(folder)
-        folder.write_text("x")
-    words = [*rows_flags(models, reviews), "--model", folder, "--out", tmp_path / "out"]
-    code, error = ended(capfd, lora, *words)
-    assert code == 2 and f"--model {folder}" in error and not (tmp_path / "out").exists()
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    copied_code(folder, attn_implementation="kernels-community/flash-attn2")
+    line = [*rows_flags(models, reviews), "--model", folder]
+    base = ready(lora, tmp_path / "out", *line)[2]
+    assert base.model.config._attn_implementation == "sdpa" and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["flaubert", "bart", "opt", "esm", "distilbert"])
+def test_no_dropout_of_the_base_is_left(kind):
+    """LayerDrop is dropout, too: a dropped layer's adapter would get no gradient."""
+    config = transformers.AutoConfig.for_model(kind)
+    names = [name for name in config.to_dict() if "drop" in name and name != "token_dropout"]
+    for name in names:
+        setattr(config, name, 0.3)
+    for rate in (0.0, 0.1):
+        after = configure(config, rate, 0, ["a", "b"])
+        assert names and all(
+            getattr(after, name) == (0.0 if "layerdrop" in name else rate) for name in names
+        )
+        assert getattr(after, "token_dropout", False) in (False, True)

@@ -4,6 +4,8 @@ import base64
 import copy
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +15,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import EVERY, ended, oracle, ready, result_of, rows_flags, text_flags, weights
+import transformers
+from conftest import (
+    EVERY,
+    WORDS,
+    batch_of,
+    ended,
+    oracle,
+    ready,
+    result_of,
+    rows_flags,
+    text_flags,
+    weights,
+)
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import baseline
 import common
 import lora
 import qlora
@@ -23,11 +39,12 @@ import sparse_lora
 from harness import store
 
 ROOT = Path(__file__).parents[1]
+OUTCOME = ("curve", "metrics", "test_examples", "parameters", "report")
 
 
-def batch_of(data, n=6):
-    targets = common.predicted_tokens(data, data.test, "test")
-    return common.collate(data, data.test, torch.arange(n), targets)
+@pytest.fixture(autouse=True)
+def count_again(monkeypatch):
+    monkeypatch.setattr(common, "COUNTED", {})  # the costs of the test before
 
 
 @torch.no_grad()
@@ -36,101 +53,158 @@ def logits_of(base, batch):
     return common.forward(base, batch)
 
 
+def raising(error):
+    def function(*_):
+        raise error
+
+    return function
+
+
+def start(*command, **options):
+    """A process that runs a script with one thread, as here: two threads sum in another order."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **streams, **options)
+
+
 # ------------------------------------------------------------------------------------ result file
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_result_file_says_what_ran(name, models, reviews, tmp_path):
     module, flags = EVERY[name]
-    words = [*rows_flags(models, reviews), *flags, "--max_steps", 6, "--heldout", 20]
-    result, path = result_of(module, tmp_path, *words)
+    line = [*rows_flags(models, reviews), *flags, "--max_steps", 6, "--heldout", 20]
+    result, path = result_of(module, tmp_path, *line)
     text = path.read_text()
     assert text.count("\n") == 1 and "/" not in text.replace("/s", "").split('"environment"')[0]
-    assert result["schema"] == 2 and result["seed"] == 0 and not result["untrained"]
-    assert (
-        path.name == f"reviews-{result['name']}-{Path(words[3]).name}-lr{result['lr']:g}-seed0.json"
-    )
-    sizes = result["data"]
+    assert result["schema"] == 3 and result["seed"] == 0 and not result["untrained"]
+    model = Path(line[3]).name
+    assert path.name == f"reviews-{result['name']}-{model}-lr{result['lr']:g}-seed0.json"
+    sizes, scores = result["data"], result["metrics"]
     assert sizes["test"] == sizes["official"] + 20 and sizes["train"] + sizes["dev"] <= 120 - 20
-    bits = np.frombuffer(base64.b64decode(result["rows"]["correct"]), np.uint8)
+    bits = np.frombuffer(base64.b64decode(result["test_examples"]["correct"]), np.uint8)
     right = np.unpackbits(bits)[: sizes["test"]]
-    assert right.mean() == pytest.approx(result["metrics"]["test"]["accuracy"])
-    assert right[: sizes["official"]].mean() == pytest.approx(
-        result["metrics"]["official"]["accuracy"]
-    )
+    assert right.mean() == pytest.approx(scores["test"]["accuracy"])
+    official = right[: sizes["official"]].mean()
+    assert official == pytest.approx(scores["official"]["accuracy"])
     assert [step for step, *_ in result["curve"]] == [1, 2, 3, 4, 5, 6]
-    tensors = load_file(path.with_suffix("") / "adapter_model.safetensors").values()
+    with safe_open(path.with_suffix("") / "adapter_model.safetensors", "pt") as file:
+        [(key, text)] = file.metadata().items()  # two would come in random order
+        tensors = [file.get_tensor(name) for name in file.keys()]
+    assert key == "trained_on" and json.loads(text)["classes"] == ["0", "1"]
     assert result["parameters"]["trainable"] == sum(tensor.numel() for tensor in tensors)
-    assert result["disk"]["adapter"] == sum(
-        f.stat().st_size for f in path.with_suffix("").iterdir()
-    )
-    assert None not in (result["settings"].get("targets", 0), result["settings"].get("alpha", 0))
-    train, inference = result["memory"]["train"], result["memory"]["inference"]
-    assert train["optimizer"] > 0 == inference["optimizer"]
-    if name != "head only":  # its steps keep no activations, and the test rows here are longer
-        assert sum(train.values()) > sum(inference.values())
+    files = [file.stat().st_size for file in path.with_suffix("").iterdir()]
+    assert result["disk"]["adapter"] == sum(files)
+    assert result["settings"].get("targets") is None and result["settings"]["dev_samples"] is None
     assert result["flops"]["total"] == pytest.approx(6 * result["flops"]["step"])
 
 
 def test_blocks_of_running_text_keep_their_losses(models, text_dir, tmp_path):
-    words = [*text_flags(models, text_dir), "--max_steps", 2]
-    result, _ = result_of(lora, tmp_path, *words)
-    nll, scored = (np.array(result["rows"][key]) for key in ("nll", "scored"))
+    result, _ = result_of(lora, tmp_path, *text_flags(models, text_dir), "--max_steps", 2)
+    nll, scored = (np.array(result["test_examples"][key]) for key in ("nll", "scored"))
     assert len(nll) == len(scored) == result["data"]["test"]
     perplexity = result["metrics"]["test"]["mlm_perplexity"]
     # Stored with three decimals: a block's loss is dozens.
     assert np.exp(nll.sum() / scored.sum()) == pytest.approx(perplexity, rel=1e-4)
 
 
-def test_a_failure_in_measuring_loses_nothing(models, reviews, tmp_path, monkeypatch, capsys):
-    """One cost that fails leaves the others; a crash leaves scores, adapter and no half file."""
-    words = [*rows_flags(models, reviews), "--max_steps", 2]
-
-    def broken(*_):
-        raise ValueError("no such count")
-
-    monkeypatch.setattr(common, "count_flops", broken)
-    result, _ = result_of(lora, tmp_path / "a", *words)
-    assert "flops: not measured (ValueError: no such count)" in capsys.readouterr().out
+def test_a_cost_that_a_library_cannot_measure_is_left_out(
+    models, reviews, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(common, "count_flops", lambda *_: torch.nn.Linear(2, 2)(torch.zeros(3)))
+    result, _ = result_of(lora, tmp_path, *rows_flags(models, reviews), "--max_steps", 2)
+    assert "flops: not measured (RuntimeError" in capsys.readouterr().out
     assert result["flops"] == {} and result["memory"] and result["disk"]
 
-    def killed(*_):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora, "measure", killed)
-    with pytest.raises(KeyboardInterrupt):
-        result_of(lora, tmp_path / "b", *words)
-    [path] = (tmp_path / "b").glob("*.json")
-    kept = json.loads(path.read_text())
-    assert kept["metrics"]["test"] == result["metrics"]["test"] and kept["memory"] == {}
-    assert weights(path) and not list((tmp_path / "b").rglob("*.tmp"))
+@pytest.mark.parametrize("flags", [["--max_steps", 2], ["--epochs", 0]])
+def test_a_crash_while_measuring_loses_nothing(flags, models, reviews, tmp_path, monkeypatch):
+    """Scores and adapter are there, no half file; the same command adds the costs."""
+    line = [*rows_flags(models, reviews), *flags]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(lora, "measure", raising(KeyboardInterrupt))
+        result_of(lora, tmp_path, *line)
+    [path] = tmp_path.glob("*.json")
+    part, adapter = json.loads(path.read_text()), weights(path)
+    assert part["memory"] == {} and not list(tmp_path.rglob("*.tmp"))
+    result, _ = result_of(lora, tmp_path, *line)
+    assert result["metrics"]["test"] == part["metrics"]["test"] and weights(path) == adapter
+    assert result["memory"]["inference"] and result["untrained"] == ("--epochs" in flags)
 
 
-@pytest.mark.parametrize("what", ["result", "adapter", "checkpoint"])
+@pytest.mark.parametrize("name", ["result", "adapter", "checkpoint"])
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(
-    what, models, reviews, tmp_path, monkeypatch, capfd
+    name, models, reviews, tmp_path, monkeypatch, capfd
 ):
     replace = Path.replace
 
     def full(path, target):
-        if what in str(target) or what == "result" and str(target).endswith(".json"):
+        if {"result": "seed0.json", "adapter": "adapter_model"}.get(name, name) in str(target):
             raise OSError(28, "No space left on device")
         return replace(path, target)
 
     monkeypatch.setattr(Path, "replace", full)
-    words = [*rows_flags(models, reviews), "--max_steps", 4, "--save_every", 2, "--no_timing"]
-    code, error = ended(capfd, lora, *words, "--out", tmp_path)
-    assert code == 1 and "No space left on device" in error and "--out" in error
+    line = [*rows_flags(models, reviews), "--max_steps", 4, "--save_every", 2, "--out", tmp_path]
+    code, error = ended(capfd, lora, *line)
+    assert code == 1 and "No space left on device" in error and f"cannot write the {name}" in error
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob("*.json"))
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"flags": 3}', '{"schema": 1}'])
+CONTENTS = ["", "{", "[]", "{}", '{"settings": 3}', "[" * 10**5, '{"a": ' * 900 + "1" + "}" * 900]
+
+
+@pytest.mark.parametrize("content", [*CONTENTS, "pipe"], ids=range(len(CONTENTS) + 1))
 def test_a_file_in_the_way_is_named(content, models, reviews, tmp_path, capfd):
-    words = [*rows_flags(models, reviews), "--max_steps", 1, "--no_timing", "--out", tmp_path]
-    [path] = lora.main([*map(str, words)])
-    path.write_text(content)
-    code, error = ended(capfd, lora, *words)
-    assert code == 2 and path.name in error and "--force" in error and path.read_text() == content
+    line = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
+    [path] = lora.main([*map(str, line)])
+    path.unlink()
+    os.mkfifo(path) if content == "pipe" else path.write_text(content)
+    code, error = ended(capfd, lora, *line)
+    assert code == 2 and path.name in error and "--force" in error
+    assert content == "pipe" or path.read_text() == content
+
+
+def test_links_that_were_planted_receive_nothing(models, reviews, tmp_path, monkeypatch, capfd):
+    line = [*rows_flags(models, reviews), "--max_steps", 2, "--save_every", 1, "--force"]
+    path = result_of(lora, tmp_path / "first", *line)[1]
+    mine, folder = tmp_path / "mine.txt", tmp_path / "out" / path.stem
+    mine.write_text("mine")
+    folder.mkdir(parents=True)
+    for name in ("{}.json", "{}.tmp", "{}.checkpoint", "{}/adapter_model.safetensors", "guess.tmp"):
+        (folder.parent / name.format(path.stem)).symlink_to(mine)
+    code, error = ended(capfd, lora, *line, "--out", folder.parent)
+    assert code == 2 and "seed0.checkpoint cannot be read; remove it" in error
+    (folder.parent / f"{path.stem}.checkpoint").unlink()
+    with monkeypatch.context() as patch:  # a guessed name: files are created exclusively
+        patch.setattr(store.secrets, "token_hex", lambda _: "guess")
+        code, error = ended(capfd, lora, *line, "--out", folder.parent)
+    assert code == 1 and "File exists" in error
+    [written] = lora.main([*map(str, line), "--out", str(folder.parent)])
+    assert mine.read_text() == "mine" and not written.is_symlink() and weights(written)
+    shutil.rmtree(folder)
+    folder.symlink_to(tmp_path / "first")
+    code, error = ended(capfd, lora, *line, "--out", folder.parent)
+    assert code == 2 and f"{folder} is a link" in error
+
+
+def test_other_data_and_another_global_batch_are_another_run(
+    models, reviews, tmp_path, monkeypatch, capfd
+):
+    shutil.copytree(reviews, tmp_path / "my")
+    line = [*rows_flags(models, tmp_path / "my"), "--max_steps", 1, "--out", tmp_path / "out"]
+    [path] = lora.main([*map(str, line)])
+    assert lora.main([*map(str, line)]) == [] and "is there already" in capfd.readouterr().out
+    result = json.loads(path.read_text())
+    monkeypatch.setattr(lora, "train", None)
+    path.write_text(json.dumps(result | {"environment": {"processes": 2}}))
+    code, error = ended(capfd, lora, *line)
+    assert code == 2 and "examples a step 64 there, 32 here" in error
+    path.write_text(json.dumps(result))
+    shutil.copy(tmp_path / "my" / "test.parquet", tmp_path / "my" / "train.parquet")
+    store.files_sha256.cache_clear()
+    code, error = ended(capfd, lora, *line)
+    assert code == 2 and "data files" in error and "--name" in error and "--force" in error
 
 
 # --------------------------------------------------------------------------------------- adapters
@@ -140,16 +214,13 @@ def test_a_file_in_the_way_is_named(content, models, reviews, tmp_path, capfd):
 @pytest.mark.parametrize("name", ["lora", "hira"])
 def test_peft_adapters_load_here(name, kind, models, reviews, tmp_path):
     """PEFT makes one, with its own start and a stirred B; ours gives PEFT's logits."""
-    import transformers
-
     peft, module = oracle("peft"), EVERY[name][0]
     run, data, base, method = ready(module, tmp_path, *rows_flags(models, reviews, kind))
     batch = batch_of(data)
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
-        run.model, num_labels=2, dtype=torch.float32
-    )
+    auto = transformers.AutoModelForSequenceClassification
+    theirs = auto.from_pretrained(run.model, num_labels=2, dtype=torch.float32)
     theirs.config.pad_token_id = data.pad
-    shared = {"r": 8, "target_modules": method["peft"]["target_modules"], "task_type": "SEQ_CLS"}
+    shared = {"r": 8, "target_modules": method.peft["target_modules"], "task_type": "SEQ_CLS"}
     if name == "hira":
         config = peft.HiraConfig(**shared)
     else:
@@ -171,24 +242,21 @@ def test_peft_adapters_load_here(name, kind, models, reviews, tmp_path):
 
 
 def test_pruned_ranks_load_in_peft_and_here(models, reviews, tmp_path):
-    import transformers
-
     peft = oracle("peft")
-    words = [*rows_flags(models, reviews), "--structure", "rank", "--max_steps", 12, "--lr", 0.05]
-    run, data, base, method = ready(sparse_lora, tmp_path, *words)
-    sparse_lora.train(base, data, run, method)
-    store.save_adapter(run, base, method, data.task)
-    ranks = method["peft"]["rank_pattern"]
+    line = [*rows_flags(models, reviews), "--structure", "rank", "--max_steps", 12, "--lr", 0.05]
+    run, data, base, method = ready(sparse_lora, tmp_path, *line)
+    sparse_lora.train(run, data, base, method)
+    store.save_adapter(run, data, base, method)
+    ranks = method.peft["rank_pattern"]
     assert sum(ranks.values()) == 4 * 8 // 2 and min(ranks.values()) >= 1
     batch, ours = batch_of(data), logits_of(base, batch_of(data))
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
-        run.model, num_labels=2
-    )
+    auto = transformers.AutoModelForSequenceClassification
+    theirs = auto.from_pretrained(run.model, num_labels=2)
     theirs = peft.PeftModel.from_pretrained(theirs, run.path.with_suffix("")).eval()
     with torch.no_grad():
         expected = theirs(input_ids=batch.ids, attention_mask=batch.mask).logits
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
-    again, _, fresh, method = ready(sparse_lora, tmp_path, *words)
+    again, _, fresh, method = ready(sparse_lora, tmp_path, *line)
     again.eval_only = run.path.with_suffix("")
     store.load_adapter(again, fresh, method)
     torch.testing.assert_close(logits_of(fresh, batch), ours)
@@ -199,259 +267,359 @@ def test_pruned_ranks_load_in_peft_and_here(models, reviews, tmp_path):
 def test_eval_only_scores_what_the_run_scored(
     name, task, models, reviews, text_dir, tmp_path, capsys
 ):
+    """Seed, lr, data, lengths and the method's flags come from the result file beside it."""
     module, flags = EVERY[name]
-    words = rows_flags(models, reviews)
+    line = rows_flags(models, reviews)
     if task == "mlm":
-        words = text_flags(models, text_dir, "bert", "")
-    words = [*words, *flags, "--max_steps", 4, "--no_timing"]
-    [path] = module.main([*map(str, words), "--out", str(tmp_path)])
-    line = capsys.readouterr().out.splitlines()[-2]
-    assert "accuracy: dev" in line or "perplexity: dev" in line
+        line = text_flags(models, text_dir, "bert", "")
+    folders = [*map(str, line[:-2])]
+    line += [*flags, "--max_steps", 4, "--seeds", 3, "--lr", 0.004, "--train_samples", 40]
+    line += [] if module is baseline else ["--rank", 4]
+    [path] = module.main([*map(str, line), "--out", str(tmp_path)])
+    shown = capsys.readouterr().out.splitlines()[-2]
+    assert "accuracy: dev" in shown or "perplexity: dev" in shown
     folder = str(path.with_suffix(""))
-    module.main([*map(str, words), "--eval_only", folder, "--out", str(tmp_path / "nothing")])
-    assert capsys.readouterr().out.splitlines()[-1] == line
+    module.main([*folders, "--eval_only", folder, "--out", str(tmp_path / "nothing")])
+    assert capsys.readouterr().out.splitlines()[-1] == shown
     assert not (tmp_path / "nothing").exists()
 
 
 @pytest.fixture(scope="module")
 def saved(models, reviews, tmp_path_factory):
     """(flags, folder of a LoRA adapter) of one short run."""
-    words = [*rows_flags(models, reviews), "--max_steps", 2, "--no_timing"]
-    [path] = lora.main([*map(str, words), "--out", str(tmp_path_factory.mktemp("saved"))])
-    return words, path.with_suffix("")
+    line = [*rows_flags(models, reviews), "--max_steps", 2]
+    [path] = lora.main([*map(str, line), "--out", str(tmp_path_factory.mktemp("saved"))])
+    return line, path.with_suffix("")
 
 
 def edit(folder, to, tensors=None, **fields):
-    """A copy of an adapter folder with other config fields or tensors."""
+    """A copy of an adapter's folder, without result file, with other config fields or tensors."""
     to.mkdir()
     config = json.loads((folder / "adapter_config.json").read_text()) | fields
-    (to / "adapter_config.json").write_text(json.dumps(config))
-    kept = load_file(folder / "adapter_model.safetensors")
-    (tensors or (lambda kept: None))(kept)
-    save_file(kept, to / "adapter_model.safetensors")
+    (to / "adapter_config.json").write_text(json.dumps(fields.get("whole", config)))
+    contents = load_file(folder / "adapter_model.safetensors")
+    (tensors or (lambda contents: None))(contents)
+    save_file(contents, to / "adapter_model.safetensors")
     return to
 
 
-def drop(kept):
-    del kept[sorted(kept)[0]]
+def put(key, value):
+    return lambda contents: contents.update({f"base_model.model.{key}": torch.tensor(value)})
 
 
-def add(kept):
-    kept["base_model.model.extra"] = torch.zeros(1)
-
-
-def reshape(kept):
-    kept["base_model.model.classifier.bias"] = torch.zeros(3)
-
-
+LAYER, BIAS = "distilbert.transformer.layer.0.attention.q_lin", "classifier.bias"
+HUGE, OURS = (
+    {"rank_pattern": {LAYER: 10**9}, "alpha_pattern": {LAYER: 2 * 10**9}},
+    "not one of ours",
+)
 FAULTS = {  # what is changed in the folder, what the line names
-    "no tensor": (drop, {}, "1 tensors missing"),
-    "one more tensor": (add, {}, "1 unexpected"),
-    "another shape": (reshape, {}, "[3] there, [2] here"),
+    "no tensor": (lambda contents: contents.popitem(), {}, "1 tensors missing"),
+    "one more tensor": (put("extra", [0.0]), {}, "1 unexpected"),
+    "another shape": (put(BIAS, [0.0] * 3), {}, "[3] there, [2] here"),
+    "NaN": (put(BIAS, [0.0, torch.nan]), {}, "holds NaN"),
+    "infinity": (put(BIAS, [0.0, torch.inf]), {}, "infinity"),
+    "integers": (put(BIAS, [0, 1]), {}, "or integers"),
     "another rank": (None, {"r": 4}, "change --rank"),
     "another alpha": (None, {"lora_alpha": 8}, "change --alpha"),
     "another method": (None, {"peft_type": "HIRA"}, "change the script"),
+    "a list": (None, {"whole": []}, "one is missing, or is another kind of file"),
     "rsLoRA": (None, {"use_rslora": True}, "rsLoRA"),
     "PiSSA": (None, {"init_lora_weights": "pissa"}, "changes the base itself"),
-    "foreign ranks": (None, {"rank_pattern": {"q_lin": 4}}, "not one of ours"),
-    "foreign alphas": (None, {"alpha_pattern": {"q_lin": 4}}, "not one of ours"),
+    "foreign ranks": (None, {"rank_pattern": {"q_lin": 4}}, OURS),
+    "foreign alphas": (None, {"alpha_pattern": {"q_lin": 4}}, OURS),
+    "ranks of text": (None, {"rank_pattern": {LAYER: "4"}}, OURS),
+    "a list of ranks": (None, {"rank_pattern": [{}]}, OURS),
+    "a huge rank": (None, HUGE, OURS),
+    "a huge alpha": (None, {"alpha_pattern": {LAYER: 10**400}}, OURS),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_eval_only_is_strict(fault, saved, tmp_path, capfd):
-    words, folder = saved
+    line, folder = saved
     tensors, fields, named = FAULTS[fault]
     spoiled = edit(folder, tmp_path / "spoiled", tensors, **fields)
-    code, error = ended(capfd, lora, *words, "--eval_only", spoiled)
+    code, error = ended(capfd, lora, *line, "--eval_only", spoiled)
     assert code == 2 and "--eval_only" in error and named in error
 
 
 def test_eval_only_wants_the_base_that_was_trained_on(saved, models, tmp_path, capfd):
-    words, folder = saved
-    other = [*words, "--model", models("distilbert", vocab_size=60), "--eval_only", folder]
-    code, error = ended(capfd, lora, *other)
+    line, folder = saved
+    shutil.copytree(folder, tmp_path / "copy")
+    line = [*line, "--eval_only", tmp_path / "copy"]
+    code, error = ended(capfd, lora, *line, "--model", models("distilbert", vocab_size=60))
     assert code == 2 and "another base" in error
-    code, error = ended(capfd, qlora, *words, "--nf4_kernel", "torch", "--eval_only", folder)
+    code, error = ended(capfd, qlora, *line, "--nf4_kernel", "torch")
     assert code == 2 and "in other bits" in error
-    code, error = ended(capfd, lora, *words, "--eval_only", tmp_path)
-    assert code == 2 and "no adapter that can be read" in error
+    code, error = ended(capfd, lora, *line, "--eval_only", tmp_path)
+    assert code == 2 and "wanted: adapter_model.safetensors" in error
 
 
 def test_a_foreign_adapter_on_a_4_bit_base_is_told(saved, tmp_path, capsys):
-    words, folder = saved
+    line, folder = saved
     foreign = edit(folder, tmp_path / "foreign")  # as PEFT writes it: no hash of the base
-    words = [*words, "--nf4_kernel", "torch", "--eval_only", foreign]
-    qlora.main([*map(str, words), "--out", str(tmp_path)])
+    qlora.main([*map(str, line), "--nf4_kernel", "torch", "--eval_only", str(foreign)])
     assert "scored on the base in nf4" in capsys.readouterr().out
+
+
+CONTRADICTIONS = {
+    "--seeds [0] there, [1] here": ["--seeds", 1],
+    "--lr [0.002] there, [0.5] here": ["--lr", 0.5],
+    "--lr [0.002] there": ["--search", 3],
+    "--max_length 24 there, 20 here": ["--max_length", 20],
+    "--train_samples None there, 30 here": ["--train_samples", 30],
+    "--rank 8 there, 2 here": ["--rank", 2],
+    "--dataset reviews there, demo here": ["--dataset", "demo"],
+}
+
+
+@pytest.mark.parametrize("named", CONTRADICTIONS)
+def test_a_flag_that_contradicts_the_adapters_result_is_refused(named, saved, capfd):
+    line, folder = saved
+    code, error = ended(capfd, lora, *line[:4], "--eval_only", folder, *CONTRADICTIONS[named])
+    assert code == 2 and "not what its result file says" in error and named in error
+
+
+STRANGE = {  # settings in a stranger's result file, what the line names
+    "argument --rank: 'a' is not a whole number": {"rank": "a"},
+    "argument --rank: ": {"rank": {}},
+    "--model @/etc/passwd there": {"model": "@/etc/passwd"},
+    "--train_samples 9 there, 9 here": {"train_samples": "9"},
+    "argument --heldout: 'True' is not a whole number": {"heldout": True},
+}
+
+
+def test_without_its_result_an_adapter_has_no_dev_score(saved, tmp_path, monkeypatch, capfd):
+    """Dev examples of another seed may have been trained on."""
+    line, folder = saved
+    shutil.copytree(folder, tmp_path / "copy")
+    lora.main([*map(str, line), "--eval_only", str(tmp_path / "copy")])
+    shown = capfd.readouterr().out
+    assert "accuracy: test 0." in shown and ": dev" not in shown
+    monkeypatch.chdir(tmp_path)
+    result = json.loads(folder.with_name(f"{folder.name}.json").read_text())
+    for named, settings in STRANGE.items():
+        changed = result | {"settings": result["settings"] | settings | {"export": "x", "out": 3}}
+        Path("copy.json").write_text(json.dumps(changed))
+        code, error = ended(capfd, lora, *line[:4], "--eval_only", "copy")
+        assert code == 2 and named in error and not Path("x").exists()
+
+
+# ------------------------------------------------------------------------------- names of classes
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory):
+    """named(*names) -> a folder of the same examples, whose classes have these names by number."""
+    import datasets
+
+    def write(*names):
+        folder = tmp_path_factory.mktemp("named")
+        for split, first, last in (("train", 0, 120), ("test", 120, 154)):
+            noise = [f"{WORDS[i % 7]} {WORDS[7 + i % 11]}" for i in range(first, last)]
+            columns = {"text": [f"{['awful', 'great'][i % 2]} {n}" for i, n in enumerate(noise)]}
+            columns["label"] = [names.index(sorted(names)[i % 2]) for i in range(len(noise))]
+            data = datasets.Dataset.from_dict(columns)
+            data = data.cast_column("label", datasets.ClassLabel(names=names))
+            data.to_parquet(folder / f"{split}.parquet")
+        return folder
+
+    return write
+
+
+def test_a_trained_head_is_read_by_the_names_of_its_classes(models, named, tmp_path, capfd):
+    """Adapter and export of neg, pos score data of pos, neg as their own; in capitals, too."""
+    ours, turned, other = named("neg", "pos"), named("POS", "NEG"), named("bad", "good")
+    line = [*rows_flags(models, ours)[2:], "--lr", 0.02, "--max_steps", 30]
+    export = ["--export", tmp_path / "whole"]
+    whole, path = result_of(lora, tmp_path / "out", "--dataset", ours, *line, *export)
+    score = whole["metrics"]["test"]["accuracy"]
+    assert score > 0.9  # so that turned numbers would give less than 0.1
+    shutil.copytree(path.with_suffix(""), tmp_path / "copy")
+    scoring = [*line, "--eval_only", tmp_path / "copy"]
+    for data in (ours, turned):
+        lora.main([*map(str, scoring), "--dataset", str(data)])
+        assert f"accuracy: test {score:.4f}" in capfd.readouterr().out
+    refusal = "its head has the classes neg, pos; data: bad, good"
+    code, error = ended(capfd, lora, *scoring, "--dataset", other)
+    assert code == 2 and refusal in error
+
+    line += ["--model", tmp_path / "whole", "--epochs", 0]
+    for data in (ours, turned):
+        out = tmp_path / data.name
+        result, _ = result_of(lora, out, *line, "--dataset", data, "--export", out / "again")
+        assert result["metrics"]["test"]["accuracy"] == score
+        config = json.loads((out / "again" / "config.json").read_text())
+        names = [*config["id2label"].values()]
+        assert names == result["data"]["classes"] and [*map(str.lower, names)] == ["neg", "pos"]
+    code, error = ended(capfd, lora, *line, "--dataset", other, "--out", tmp_path)
+    assert code == 2 and f"whole: {refusal}" in error
+    # Trained on, a head of other classes is drawn as a body without a head has it.
+    transformers.AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "body")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "whole").save_pretrained(
+        tmp_path / "body"
+    )
+    heads, line = [], [*line[:-2], "--dataset", other]
+    for model in ("whole", "body"):
+        base = ready(lora, tmp_path / "new", *line, "--model", tmp_path / model)[2]
+        heads.append([base.model.get_parameter(name) for name in base.head])
+        assert ("has other classes and is replaced" in capfd.readouterr().out) == (model == "whole")
+    assert all(torch.equal(a, b) for a, b in zip(*heads, strict=True)) and len(heads[0]) == 4
+
+
+def test_a_head_without_names_is_taken_by_number(models, named, tmp_path):
+    model = models("distilbert", "SequenceClassification")
+    results = []
+    for data in (named("neg", "pos"), named("bad", "good")):
+        line = [*rows_flags(models, data)[2:], "--model", model, "--epochs", 0, "--dataset", data]
+        results.append(result_of(lora, tmp_path / data.name, *line)[0]["metrics"]["test"])
+    assert results[0] == results[1]
 
 
 # ------------------------------------------------------------------------------------ checkpoints
 
 
-@pytest.mark.parametrize(
-    "name, kind", [*((name, signal.SIGINT) for name in EVERY), ("lora", signal.SIGTERM)]
-)
+PRUNE = ["--structure", "rank"]
+STOPS = [  # how it is trained, further flags, where it is stopped, in which call, by what
+    *((name, [], "gradient", 5, signal.SIGINT) for name in EVERY),  # the first: before training
+    ("lora", [], "gradient", 5, signal.SIGTERM),
+    ("full", [], "gradient", 8, signal.SIGINT),
+    ("prune", PRUNE, "gradient", 8, signal.SIGINT),
+    ("full", [], "score", 1, signal.SIGINT),
+    ("prune", PRUNE, "score", 1, signal.SIGINT),
+    ("full", [], "count_memory", 1, signal.SIGINT),
+    ("prune", PRUNE, "count_memory", 1, signal.SIGINT),
+]
+
+
+@pytest.mark.parametrize("name, flags, where, call, kind", STOPS)
 def test_stopped_and_continued_equals_never_stopped(
-    name, kind, models, reviews, tmp_path, monkeypatch, capfd
+    name, flags, where, call, kind, models, reviews, tmp_path, monkeypatch, capfd
 ):
     """Bit for bit, with dropout in base and adapter: curve, scores and what is saved."""
-    module, flags = EVERY[name]
-    words = [*rows_flags(models, reviews), *flags, "--max_steps", 7, "--batch_size", 16]
-    words += ["--base_dropout", 0.1] + (["--dropout", 0.1] if module is not common else [])
-    whole, path = result_of(module, tmp_path / "whole", *words)
-    gradient = common.gradient
-    calls = []
-
-    def stopping(*args):
-        calls.append(1)
-        if len(calls) == 5:  # the first is the trial of one row
-            os.kill(os.getpid(), kind)
-        return gradient(*args)
-
-    monkeypatch.setattr(common, "gradient", stopping)
-    out = tmp_path / "stopped"
-    code, error = ended(capfd, module, *words, "--no_timing", "--out", out)
-    assert code == 128 + kind and "stopped at step 4 of 7" in error
-    assert list(out.glob("*.checkpoint")) and not list(out.glob("*.json"))
-    monkeypatch.setattr(common, "gradient", gradient)
-    again, other = result_of(module, out, *words)
-    assert "continuing at step 4" in capfd.readouterr().out
-    for key in ("curve", "metrics", "rows", "parameters", "info"):
-        assert again[key] == whole[key], key
-    assert weights(other) == weights(path) and not list(out.glob("*.checkpoint"))
-
-
-@pytest.mark.parametrize("where", ["gradient", "score", "count_memory"])
-@pytest.mark.parametrize("name, flags", [("full", []), ("prune", ["--structure", "rank"])])
-def test_what_is_trained_outlives_a_stop(
-    name, flags, where, models, reviews, tmp_path, monkeypatch, capfd
-):
-    """In the last step, while scoring, while measuring: going on trains nothing, ends the same."""
     module, more = EVERY[name]
-    words = [*rows_flags(models, reviews), *more, *flags, "--max_steps", 3]
-    whole, path = result_of(module, tmp_path / "whole", *words)
-    plain, calls, last = getattr(common, where), [], 4 if where == "gradient" else 1
+    line = [*rows_flags(models, reviews), *more, *flags, "--max_steps", 7, "--batch_size", 16]
+    line += ["--base_dropout", 0.1] + (["--dropout", 0.1] if module is not baseline else [])
+    whole, path = result_of(module, tmp_path / "whole", *line)
+    common.COUNTED.clear()
+    plain, calls = {key: getattr(common, key) for key in ("gradient", where)}, []
 
     def stopping(*args):
         calls.append(1)
-        if len(calls) == last and where == "gradient":  # the first is the trial of one row
-            os.kill(os.getpid(), signal.SIGINT)
-        elif len(calls) == last:
-            common.fail("stopped", 128 + signal.SIGINT)  # as one_line_on_interrupt has it
-        return plain(*args)
+        if len(calls) == call and where == "gradient":
+            os.kill(os.getpid(), kind)
+        elif len(calls) == call:
+            common.fail("stopped at step 7", 128 + kind)  # as one_line_on_interrupt has it
+        return plain[where](*args)
 
     monkeypatch.setattr(common, where, stopping)
-    out = tmp_path / "stopped"
-    code, error = ended(capfd, module, *words, "--no_timing", "--out", out)
-    assert code == 128 + signal.SIGINT and "stopped" in error
+    out, step = tmp_path / "stopped", call - 1 if where == "gradient" else 7
+    code, error = ended(capfd, module, *line, "--out", out)
+    assert code == 128 + kind and f"stopped at step {step}" in error
     assert list(out.glob("*.checkpoint"))
     assert bool(list(out.glob("*.json"))) == (where == "count_memory")  # which has the scores
-    monkeypatch.setattr(common, where, plain)
-    gradient, steps = common.gradient, []
-    monkeypatch.setattr(common, "gradient", lambda *args: steps.append(1) or gradient(*args))
-    again, other = result_of(module, out, *words)
-    assert "continuing at step 3" in capfd.readouterr().out
-    assert len(steps) == 3  # the trial of one row and the memory's two: none of training's
-    for key in ("curve", "metrics", "rows", "parameters", "info"):
-        assert again[key] == whole[key], key
+    steps = []
+    monkeypatch.setattr(common, where, plain[where])
+    count = lambda *args: steps.append(1) or plain["gradient"](*args)  # noqa: E731
+    monkeypatch.setattr(common, "gradient", count)
+    again, other = result_of(module, out, *line)
+    assert f"continuing at step {step}" in capfd.readouterr().out
+    assert len(steps) == 7 - step + 3  # the look before training and the memory's two
+    assert all(again[key] == whole[key] for key in OUTCOME)
     assert weights(other) == weights(path) and not list(out.glob("*.checkpoint"))
 
 
-@pytest.mark.parametrize("during", ["score", "count_memory"])
-def test_ctrl_c_after_training_is_one_line(during, models, reviews, tmp_path):
-    """As a user types it: no result is left, or scores without costs; the same command goes on."""
-    words = [*rows_flags(models, reviews), "--max_steps", 1, "--no_timing", "--out", tmp_path / "o"]
-    code = f"""
-import os, signal, sys
-import common, lora
-common.{during} = lambda *_: os.kill(os.getpid(), signal.SIGINT)
-sys.argv = ["lora.py", *{[*map(str, words)]!r}]
-lora.main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 128 + signal.SIGINT
-    assert done.stderr.count("\n") == 1 and "stopped" in done.stderr
-    assert len([*(tmp_path / "o").glob("*.json")]) == (during == "count_memory")
-    if during == "count_memory":
-        command = [sys.executable, "lora.py", *map(str, words)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert "lacks its costs: going on" in done.stdout
-        assert "continuing at step 1" in done.stdout
-        [path] = (tmp_path / "o").glob("*.json")
-        assert json.loads(path.read_text())["memory"]["train"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert "is there already" in done.stdout and "trained" not in done.stdout
+def test_ctrl_c_after_training_is_one_line(models, reviews, tmp_path):
+    """As a user types it: scores without costs are left, and the same command continues."""
+    line = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path / "o"]
+    line = [*map(str, line)]
+    code = "import os, signal, sys, common, lora\n"
+    code += "common.count_memory = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+    code += f"sys.argv = ['lora.py', *{line!r}]\nlora.main()\n"
+    process = start("-c", code)
+    error = process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGINT
+    assert error.count("\n") == 1 and "the same command continues" in error
+    [path] = (tmp_path / "o").glob("*.json")
+    assert json.loads(path.read_text())["memory"] == {}
+    assert "continuing at step 1" in start("lora.py", *line).communicate()[0]
+    assert json.loads(path.read_text())["memory"]["train"]
 
 
-def test_an_untrained_run_stopped_while_it_is_measured_gets_its_costs(
-    models, reviews, tmp_path, monkeypatch
-):
-    words = [*rows_flags(models, reviews), "--epochs", 0]
+DAMAGES = {  # what is done to a checkpoint's state, what the line names
+    "torn": (None, "cannot be read; remove it"),
+    "code": (None, "cannot be read; remove it"),
+    "a list": (None, "it is no checkpoint"),
+    "epochs": (lambda s: s["run"].update(epochs=5), "--epochs 5 there, 3 here"),
+    "processes": (lambda s: s["run"].update({"examples a step": 32}), "32 there, 16 here"),
+    "examples": (lambda s: s["run"].update({"data files": "0"}), "data files 0 there"),
+    "shape": (lambda s: s["model"].update({"classifier.bias": torch.zeros(3)}), "its weights"),
+    "no tensor": (lambda s: s["model"].pop("classifier.bias"), "its weights"),
+    "no key": (lambda s: s.pop("optimizer"), "it is no checkpoint"),
+    "no state": (lambda s: s["optimizer"].clear(), "its optimizer's state"),
+    "less state": (lambda s: s["optimizer"].update({1: {}}), "its optimizer's state"),
+    "far step": (lambda s: s["history"].update(step=10**9), "its history"),
+    "far laps": (lambda s: s["history"].update(step=9, laps=[0.1] * 9), "its history"),
+    "text": (lambda s: s["history"].update(curve=["a"]), "its history"),
+}
 
-    def killed(*_):
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(lora, "measure", killed)
-    with pytest.raises(KeyboardInterrupt):
-        result_of(lora, tmp_path, *words)
-    monkeypatch.setattr(lora, "measure", common.measure)
-    result, _ = result_of(lora, tmp_path, *words)
-    assert result["untrained"] and result["memory"]["inference"]
-
-
-@pytest.mark.parametrize("damage", ["torn", "code", "other settings", "other rows"])
-def test_an_unusable_checkpoint_is_named_and_the_run_starts_afresh(
-    damage, models, reviews, tmp_path, monkeypatch, capsys
-):
-    words = [*rows_flags(models, reviews), "--max_steps", 6, "--batch_size", 16]
-    whole, _ = result_of(lora, tmp_path / "whole", *words)
-    saved = common.save_checkpoint
+@pytest.fixture(scope="module")
+def stopped(models, reviews, tmp_path_factory):
+    """(flags, the result of a whole run, the checkpoint of one that was stopped at step 3)."""
+    line = [*rows_flags(models, reviews), "--max_steps", 6, "--batch_size", 16]
+    folder = tmp_path_factory.mktemp("stopped")
+    whole, _ = result_of(lora, folder / "whole", *line)
+    save = common.save_checkpoint
 
     def stop(*args):
-        saved(*args)
+        save(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "save_checkpoint", stop)
-    with pytest.raises(KeyboardInterrupt):
-        result_of(lora, tmp_path / "a", *words, "--save_every", 3)
-    monkeypatch.setattr(common, "save_checkpoint", saved)
-    [path] = (tmp_path / "a").glob("*.checkpoint")
-    state = torch.load(path, weights_only=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common, "save_checkpoint", stop)
+        result_of(lora, folder / "part", *line, "--save_every", 3)
+    [path] = (folder / "part").glob("*.checkpoint")
+    return line, whole, path
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_kept(damage, stopped, tmp_path, capfd):
+    """With --force the run starts afresh, and ends as if there had been no checkpoint."""
+    line, whole, path = stopped
+    change, named = DAMAGES[damage]
+    state, path = torch.load(path, weights_only=True), Path(shutil.copy(path, tmp_path))
+    if change:
+        change(state)
+    torch.save([1] if damage == "a list" else state, path)
     if damage == "torn":
         path.write_bytes(path.read_bytes()[:1000])
     elif damage == "code":
-        import pickle
-
         path.write_bytes(pickle.dumps(copy.deepcopy))
-    else:
-        kept = json.loads(state["run"])
-        place, key = (0, "warmup") if damage == "other settings" else (4, "train_sha256")
-        kept[place][key] = 0
-        torch.save(state | {"run": json.dumps(kept)}, path)
-    capsys.readouterr()
-    again, _ = result_of(lora, tmp_path / "a", *words)
-    out = capsys.readouterr().out
-    assert f"{path.name}: not usable" in out and "continuing" not in out
-    assert again["curve"] == whole["curve"] and again["metrics"] == whole["metrics"]
+    content = path.read_bytes()
+    code, error = ended(capfd, lora, *line, "--out", tmp_path)
+    assert code == 2 and path.name in error and named in error
+    assert path.read_bytes() == content and ("--force" in error or damage in ("torn", "code"))
+    if damage == "epochs":
+        again, _ = result_of(lora, tmp_path, *line, "--force")
+        assert again["curve"] == whole["curve"] and again["metrics"] == whole["metrics"]
 
 
-def test_kill_9_loses_nothing(models, reviews, tmp_path):
-    """A process killed without a word, twice, ends as one that was left alone."""
-    words = [*rows_flags(models, reviews), "--max_steps", 40, "--batch_size", 8, "--no_timing"]
-    whole, path = result_of(lora, tmp_path / "whole", *words)
-    command = [sys.executable, ROOT / "lora.py", *words, "--save_every", 1, "--out", tmp_path / "b"]
-    for _ in range(2):
-        alone = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: two threads sum in another order
-        process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, env=alone)
-        for _ in range(600):
-            found = list((tmp_path / "b").glob("*.checkpoint"))
-            if found or process.poll() is not None:
-                break
-            time.sleep(0.05)
-        process.kill()
-        process.wait()
-    again, other = result_of(lora, tmp_path / "b", *words, "--save_every", 1)
-    for key in ("curve", "metrics", "rows"):
-        assert again[key] == whole[key], key
-    assert weights(other) == weights(path)
+def test_kill_9_loses_nothing_and_two_at_once_end_right(models, reviews, tmp_path):
+    """A process is killed without a word; then two continue it, and both end as if left alone."""
+    line = [*rows_flags(models, reviews), "--max_steps", 40, "--batch_size", 8]
+    whole, path = result_of(lora, tmp_path / "whole", *line)
+    out = tmp_path / "killed"
+    line = ["lora.py", *line, "--save_every", 1, "--out", out]
+    process = start(*line)
+    while not list(out.glob("*.checkpoint")) and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    for process in [start(*line), start(*line)]:
+        shown, error = process.communicate()
+        assert process.returncode == 0 and error == "" and "continuing at step" in shown
+    [other] = out.glob("*.json")
+    again = json.loads(other.read_text())
+    assert all(again[key] == whole[key] for key in OUTCOME[:3]) and weights(other) == weights(path)
+    assert [file.suffix for file in out.iterdir() if file.is_file()] == [".json"]
