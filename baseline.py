@@ -17,7 +17,7 @@ from plan import plan
 def add_args(parser):
     """Add the baseline's flag."""
     method = {"dest": "method", "action": "store_const", "const": "full", "default": "head_only"}
-    parser.add_argument("--full", **method, help="train every weight; use a small --lr, 1e-4")
+    parser.add_argument("--full", **method, help="Train every weight; use a small --lr, 1e-4.")
 
 
 def adapt(run, base):

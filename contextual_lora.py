@@ -49,20 +49,24 @@ def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
     add = parser.add_argument
-    add("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
-    add("--dropout", type=fraction, default=0.0, help="on the adapter's input")
+    add("--alpha", type=positive, default=16.0, help="The update is scaled by alpha/rank.")
+    add("--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input.")
     slicing_args(parser)
 
 
 def slicing_args(parser):
     """Add the flags of the sliced feed-forward layers."""
     add = parser.add_argument
-    left_out = "share of the feed-forward channels left out in the deep layers"
+    left_out = "The fraction of feed-forward channels left out in the deep layers."
     add("--channel_sparsity", type=fraction, default=0.9, help=left_out)
-    add("--dense_layers", type=count_or_zero, help="this many layers stay dense (default: half)")
-    dense = "which tokens stay dense: scored ones (a causal LM: none) or none"
+    add(
+        "--dense_layers",
+        type=count_or_zero,
+        help="This many first layers stay dense (default: half).",
+    )
+    dense = "Which tokens stay dense: scored ones (of a causal LM none), or none."
     add("--dense_tokens", choices=["scored", "none"], default="scored", help=dense)
-    scores = "score channels exactly on a sample of tokens, or by a rank-8 SVD"
+    scores = "Score channels exactly on a sample of tokens, or by a rank-8 SVD."
     add("--estimator", choices=["sample", "svd"], default="sample", help=scores)
 
 

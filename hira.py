@@ -32,7 +32,9 @@ def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
     parser.set_defaults(lr=[2e-2])  # nothing is divided by r and there is no α, as in the paper
-    parser.add_argument("--dropout", type=fraction, default=0.0, help="on the adapter's input")
+    parser.add_argument(
+        "--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input."
+    )
 
 
 # -------------------------------------------------------------------------------------- the maths

@@ -44,9 +44,20 @@ def add_args(parser):
     adapter_args(parser)
     parser.set_defaults(lr=RATES["hira"])
     add = parser.add_argument
-    add("--update", choices=[*RATES], default="hira", action=Update, help="what adapts the base")
-    add("--alpha", type=positive, default=16.0, help="contextual: alpha/rank scales the update")
-    add("--dropout", type=fraction, default=0.0, help="on the adapter's input")
+    add(
+        "--update",
+        choices=[*RATES],
+        default="hira",
+        action=Update,
+        help="The method that adapts the 4-bit base.",
+    )
+    add(
+        "--alpha",
+        type=positive,
+        default=16.0,
+        help="contextual: the update is scaled by alpha/rank.",
+    )
+    add("--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input.")
     contextual_lora.slicing_args(parser)
     nf4_args(parser)
 

@@ -29,8 +29,12 @@ from plan import plan
 def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
-    parser.add_argument("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
-    parser.add_argument("--dropout", type=fraction, default=0.0, help="on the adapter's input")
+    parser.add_argument(
+        "--alpha", type=positive, default=16.0, help="The update is scaled by alpha/rank."
+    )
+    parser.add_argument(
+        "--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input."
+    )
 
 
 # -------------------------------------------------------------------------------------- the maths

@@ -40,18 +40,22 @@ from plan import plan
 def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
-    parser.add_argument("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
-    parser.add_argument("--dropout", type=fraction, default=0.0, help="on the adapter's input")
+    parser.add_argument(
+        "--alpha", type=positive, default=16.0, help="The update is scaled by alpha/rank."
+    )
+    parser.add_argument(
+        "--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input."
+    )
     nf4_args(parser)
 
 
 def nf4_args(parser):
     """Add the flags of the 4-bit base."""
     add = parser.add_argument
-    double = "keep the scales of the 4-bit blocks in fp32: 4.5 instead of 4.127 bits a weight"
+    double = "Keep the 4-bit blocks' scales in fp32: 4.5 instead of 4.127 bits a weight."
     add("--no_double_quant", action="store_true", help=double)
-    add("--paged", action="store_true", help="bitsandbytes' paged AdamW, CUDA only")
-    kernel = "unpacks the weights; auto: bitsandbytes where installed, which is faster"
+    add("--paged", action="store_true", help="Use bitsandbytes' paged AdamW (CUDA only).")
+    kernel = "What unpacks the weights; auto is bitsandbytes where installed: it is faster."
     add("--nf4_kernel", choices=["auto", "bitsandbytes", "torch"], default="auto", help=kernel)
 
 

@@ -33,12 +33,12 @@ def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
     add = parser.add_argument
-    add("--alpha", type=positive, default=16.0, help="alpha/rank scales the update")
-    add("--dropout", type=fraction, default=0.0, help="on the adapter's input")
-    add("--sparsity", type=fraction, default=0.5, help="share of A and B that ends as zero")
-    penalty = "L1 penalty, relative to Adam's step; 0.03 to 1 are useful"
+    add("--alpha", type=positive, default=16.0, help="The update is scaled by alpha/rank.")
+    add("--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input.")
+    add("--sparsity", type=fraction, default=0.5, help="The fraction of A and B that ends as zero.")
+    penalty = "An L1 penalty, relative to Adam's step; 0.03 to 1 are useful."
     add("--penalty", type=non_negative, default=0.0, help=penalty)
-    structure = "none removes single numbers, rank whole components of A and B"
+    structure = "none removes single numbers, rank whole components of A and B."
     add("--structure", choices=["none", "rank"], default="none", help=structure)
 
 

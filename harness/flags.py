@@ -268,14 +268,11 @@ def settings(args):
     return flags
 
 
-def runs(args):
-    """Yield a Namespace per seed and learning rate that has no finished result yet.
-
-    It has all flags, and `lr` (one), `seed`, `settings`, `path` (of its result file), and which of
-    how many runs it is, `number` and `count`. All results are looked at before the first run
-    starts: one with other settings ends the program.
+def planned_runs(args):
+    """A Namespace per seed and learning rate: all flags, one `lr`, `seed`, `settings`, and `path`
+    of its result file, whether or not that exists.
     """
-    flags, todo = settings(args), []
+    flags, planned = settings(args), []
     stem = f"{Path(flags['dataset']).name}-{args.name}-{Path(flags['model']).name}"
     once = args.eval_only or args.epochs == 0  # nothing is trained: any learning rate will do
     for seed in dict.fromkeys(args.seeds):  # a seed's learning rates in a row: they share data
@@ -284,11 +281,20 @@ def runs(args):
             if len(os.fsencode(path.name)) > 240:
                 fail(f"{path.name[:40]} …: too long for a file's name; give a short --name")
             run = {"seed": seed, "lr": lr, "settings": flags, "path": path}
-            todo.append(argparse.Namespace(**{**vars(args), **run}))
+            planned.append(argparse.Namespace(**{**vars(args), **run}))
+    return planned
+
+
+def runs(args):
+    """Yield the planned runs that have no finished result yet.
+
+    Each has its `number` of `count`. All results are looked at before the first run starts: one
+    with other settings ends the program.
+    """
     folder = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)) and not args.eval_only:
         fail(f"--out {args.out}: no folder that can be written; name another")
-    todo = [run for run in todo if args.eval_only or not finished(run)]
+    todo = [run for run in planned_runs(args) if args.eval_only or not finished(run)]
     for number, run in enumerate(todo, 1):
         run.number, run.count = number, len(todo)
         if args.eval_only or not finished(run):  # another process may have done it meanwhile
