@@ -579,8 +579,8 @@ def count_flops(run, data, base, method, steps):
     """Operations of the steps that ran, a mean step and all, and of a test example's inference.
 
     A pass costs so much a token, a pair of tokens and an output position: fitted, within 2 %. What
-    a method does once a step, in the first part, is counted on one pass. Dense first steps of
-    contextual LoRA count as the later ones do.
+    a method does once a step, in the first part, is counted on one step. Contextual LoRA's dense
+    first steps count as the later ones do.
     """
 
     def passes(split, parts, training):
@@ -610,9 +610,11 @@ def count_flops(run, data, base, method, steps):
     works, prices = passes(data.train, list(itertools.chain.from_iterable(steps)), training=True)
     total = 0.0
     if works:
+        firsts = np.cumsum([0, *map(len, steps[:-1])])  # of each step the first part
+        middle = works[sorted(firsts, key=lambda i: prices[i])[len(steps) // 2]]
         method.before_step(100, 100)
-        first = meters.count_flops(base.model, works[0])  # with what a step does once
-        once = first - meters.count_flops(base.model, works[0])
+        first = meters.count_flops(base.model, middle)  # with what a step does once
+        once = first - meters.count_flops(base.model, middle)
         total = meters.fitted_flops(base.model, works, prices) + once * len(steps)
     step = total / max(1, len(steps))
     return {"step": step, "total": total, "inference_example": inference / len(lengths)}
