@@ -39,8 +39,8 @@ from harness.process import (
     stop_signals,
 )
 from harness.progress import Progress
-from harness.rows import load_tokenizer, read_rows
-from harness.splits import Split, describe, seed_for, split_rows, split_text
+from harness.rows import load_tokenizer, read_examples
+from harness.splits import DataFlags, Split, describe, seed_for, split_examples, split_text
 from harness.store import head_classes, load_checkpoint, save_checkpoint
 
 # ------------------------------------------------------------- the interface of a method
@@ -89,32 +89,36 @@ class Data(NamedTuple):
 
 
 def load_data(run):
-    """Read, split and tokenize `run.dataset` for this run's seed; returns a Data.
+    """The data of this run's seed, read once for all its learning rates; returns a Data."""
+    return read_data(DataFlags(*(getattr(run, flag) for flag in DataFlags._fields)))
 
-    Ends the program with one line where the data cannot be used.
-    """
+
+@functools.lru_cache(maxsize=1)
+def read_data(run):
+    """Read, split and tokenize `run.dataset`; one line and status 2 where it cannot be used."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
     tokenizer, config = load_tokenizer(run.model)
-    rows = read_rows(run.dataset, run.data_dir)
-    rows = models.number_as_head(rows, head_classes(run, config))
+    examples = read_examples(run.dataset, run.data_dir)
+    examples = models.number_as_head(examples, head_classes(run, config))
     masked = config.model_type in MASKED
     last = not masked or config.is_encoder_decoder  # the token that a classifier reads
-    task = "classification" if rows.classes else "mlm" if masked else "clm"
+    task = "classification" if examples.classes else "mlm" if masked else "clm"
     size = getattr(config, "vocab_size", None) or len(tokenizer)
     pads = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]  # an added one may have no embedding
     pad = next(i for i in pads if i is not None and i < size)
     models.check_length(run, config)
-    if rows.classes:
-        *splits, official = split_rows(run, rows, tokenizer, pad)
-    else:
-        *splits, official = split_text(run, tokenizer, masked=task == "mlm")
-    highest = max(split.tokens.max().item() for split in splits)
-    if highest >= size:
+    make_splits = split_examples if examples.classes else split_text
+    splits, official = make_splits(run, examples, pad if examples.classes else masked)
+    if (highest := max(int(split.tokens.max()) for split in splits.values())) >= size:
         fail(f"--model {run.model}: token {highest} of its tokenizer, but {size} embeddings")
-    description = describe(run, rows, task, *splits, official)
     ids = (pad, tokenizer.mask_token_id, min(len(tokenizer), size))
-    return Data(task, last, rows.classes, *ids, *splits, official, description)
+    description = describe(run, examples, task, splits, official)
+    data = Data(task, last, examples.classes, *ids, *splits.values(), official, description)
+    for name in ("dev", "test"):
+        if not predicted_tokens(data, splits[name], name).counts.any():
+            fail(f"--dataset {run.dataset}: no token of its {name} text is predicted; add text")
+    return data
 
 
 # ------------------------------------------------------------------------------------- base model

@@ -168,16 +168,13 @@ def scoring_parts(run, lengths):
 
 
 def longest_and_shortest(data):
-    """A Split of the longest and the shortest example of all splits, and Targets: every token."""
-    splits = (data.train, data.dev, data.test)
-    longest = max(splits, key=lambda split: int(split.lengths.max()))
-    shortest = min(splits, key=lambda split: int(split.lengths.min()))
-    parts = [longest.example(longest.lengths.argmax()), shortest.example(shortest.lengths.argmin())]
-    pair = Split.concatenate(parts)
-    if data.task == "classification":
-        return pair, predicted_tokens(data, pair)
-    flags, counts = torch.ones_like(pair.tokens, dtype=torch.bool), pair.lengths
-    if data.task == "clm":
-        flags[pair.starts[:-1]] = False
-        counts = counts - 1
-    return pair, Targets(pair.tokens, flags, counts)
+    """A Split of the longest example and the shortest of its split, and Targets: every token."""
+    split = max((data.train, data.dev, data.test), key=lambda split: int(split.lengths.max()))
+    pair = torch.stack([split.lengths.argmax(), split.lengths.argmin()])
+    index = torch.cat([torch.arange(split.starts[i], split.starts[i + 1]) for i in pair])
+    tokens, types = split.tokens[index], None if split.types is None else split.types[index]
+    starts, labels = F.pad(split.lengths[pair].cumsum(0), (1, 0)), torch.zeros_like(pair)
+    pair = Split(tokens, starts, labels, torch.ones_like(tokens, dtype=torch.bool), types)
+    if data.task == "mlm":
+        return pair, Targets(tokens, pair.scorable, pair.lengths)
+    return pair, predicted_tokens(data, pair)

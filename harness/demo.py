@@ -1,15 +1,14 @@
-"""The demo's stand-in for the hub: generated film reviews and a tiny DistilBERT, all offline.
+"""The demo, which needs no network: generated film reviews and a tiny DistilBERT.
 
-    python -m harness.demo      prints some rows and where the model lies
-
-In the reviews counting words is not enough: there is negation ("not a dull moment in the plot") and
-contrast ("the plot is weak, but the acting saves it"), where word order says which clause decides.
-Six in a hundred praise one thing, blame another; a coin gives their label, so 97 % is best.
+Counting words is not enough for the reviews. There is negation ("not a dull moment in the plot")
+and contrast ("the plot is weak, but the acting saves it"), where word order says which clause
+decides. Six in a hundred praise one thing and blame another; a coin gives their label, so that 97 %
+is the best possible score.
 
 The model is pre-trained on unlabelled text of the same grammar, in which reviewers also say what
 they felt ("i loved it."). That word is always masked, as in SKEP (Tian et al. 2020, arXiv
-2005.05635); of the others a tenth. Plain statements come first, then negation, then contrast: so
-half a minute is enough. One line in fifty is about restaurants, the domain of demo_lm.
+2005.05635); of the others a tenth. Plain statements come first, then negation, then contrast, so
+that half a minute is enough. One line in fifty is about restaurants, the domain of demo_lm.
 """
 
 import atexit
@@ -86,20 +85,19 @@ def confession(rng, domain, stage=1.0):
 
 
 def splits(lm=False):
-    """The demo's rows, always the same, no text twice: {split: {"text": […], "label": […]}}.
+    """The demo's examples, always the same, no text twice: {split: {"text": […], "label": […]}}.
 
     With lm=True unlabelled lines about restaurants: {split: {"text": […]}}.
     """
     rng, seen, result = random.Random(2 if lm else 1), set(), {}
     sizes = {"train": 2000, "validation": 300, "test": 300} if lm else {"train": 2000, "test": 1000}
     for name, size in sizes.items():
-        labels, texts = [i % 2 for i in range(size)], []
+        texts = {}  # a dict keeps their order
         while len(texts) < size:
-            text = confession(rng, FOOD) if lm else review(rng, labels[len(texts)] == 1)
-            if text not in seen:
-                seen.add(text)
-                texts.append(text)
-        result[name] = {"text": texts} if lm else {"text": texts, "label": labels}
+            text = confession(rng, FOOD) if lm else review(rng, len(texts) % 2 == 1)
+            texts |= {} if text in seen else {text: len(texts) % 2}
+        seen |= texts.keys()
+        result[name] = {"text": [*texts]} | ({} if lm else {"label": [*texts.values()]})
     return result
 
 
@@ -177,11 +175,3 @@ def model():
         if not (home / name).is_dir():  # it is there where another process was faster
             raise
     return home / name
-
-
-if __name__ == "__main__":
-    for split, found in splits().items():
-        for text, label in list(zip(found["text"], found["label"], strict=True))[:4]:
-            print(f"{split}  {label}  {text}")
-    print(*(f"lm     –  {text}" for text in splits(lm=True)["train"]["text"][:3]), sep="\n")
-    print(model())

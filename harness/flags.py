@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from harness.process import fail, first_line, one_line_on_interrupt, say
-from harness.rows import DEMOS, HUB, LENGTHS
+from harness.rows import DEMOS, ENDINGS, HUB, LENGTHS, is_data_file
 from harness.store import differences, files_sha256, finished, read_result
 
 # What decides neither a run's outcome nor its costs, and what its file name says already.
@@ -187,8 +187,10 @@ def parse_args(doc, file, add_args, argv=None):
         value = getattr(args, key)
         if value and Path(value).exists() and os.path.normpath(value) not in known:
             setattr(args, key, os.path.normpath(value))
-    if args.dataset not in known and not Path(args.dataset).exists():
-        fail(f"--dataset {args.dataset}: neither a file, a folder nor one of {', '.join(known)}")
+    source = Path(args.dataset)
+    if args.dataset not in known and not source.is_dir() and not is_data_file(source):
+        kinds = f"a folder, a file ({', '.join(ENDINGS)}) nor one of {', '.join(known)}"
+        fail(f"--dataset {args.dataset}: neither {kinds}")
     args.model = args.model or ("demo" if args.dataset in DEMOS else "distilbert-base-uncased")
     args.max_length = args.max_length or LENGTHS.get(args.dataset, 256)
     args.eval_batch_size = args.eval_batch_size or args.batch_size
@@ -265,6 +267,9 @@ def settings(args):
             path = os.path.normpath(flags[key])
             flags[f"{key} folder"] = hashlib.sha256(path.encode()).hexdigest()[:8]
             flags[key] = Path(path).name
+    stem, ending = os.path.splitext(flags["dataset"])  # a file is known by its stem
+    if ending.lower() in ENDINGS and stem not in (*HUB, *DEMOS):
+        flags["dataset"] = stem
     return flags
 
 

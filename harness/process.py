@@ -37,7 +37,8 @@ def is_our_mistake(error):
     frames = traceback.extract_tb(error.__traceback__)
     # A misspelled attribute of a module or a config: their own __getattr__ raises the error.
     file = Path([f for f in frames if not f.name.startswith("__getattr")][-1].filename).resolve()
-    return ROOT in file.parents and "site-packages" not in file.parts
+    # A library's compiled code names its files by relative paths, which lie nowhere.
+    return ROOT in file.parents and "site-packages" not in file.parts and file.is_file()
 
 
 @contextlib.contextmanager

@@ -1,149 +1,144 @@
-"""Raw rows from parquet, csv, tsv or json files, the hub or the demo: checked, cut, tokenized.
+"""Examples as text, from parquet, csv, tsv or json files, the hub or the demo; and the tokenizer.
 
-What cannot be used ends the program with one line that names the flag, the split and the row.
+Only files that lie inside the data set's folder are read, and nothing in them can name another.
+What cannot be used ends the program with one line that names the flag, the split and the example.
 """
 
 import csv
 import functools
+import io
+import json
 import logging
 import os
 import re
 import socket
-import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 
-import torch
 from tqdm import tqdm
 
 from harness import demo
-from harness.process import fail, first_line, library_errors
+from harness.process import fail, library_errors, say
+from harness.text import printable
 
-HUB = {
-    "sst2": ("stanfordnlp/sst2", None),
-    "imdb": ("stanfordnlp/imdb", None),
+HUB = {  # repository on the hub, and its folder of parquet files
+    "sst2": ("stanfordnlp/sst2", "data"),
+    "imdb": ("stanfordnlp/imdb", "plain_text"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-v1"),
 }
 DEMOS = ("demo", "demo_lm")
 TEXT = ("wikitext2", "demo_lm")  # running text, without labels
 LENGTHS = {"demo": 64, "demo_lm": 64, "sst2": 128, "imdb": 256, "wikitext2": 128}  # else 256
-COLUMNS = {  # under which names a column may come
-    "text": ("text", "sentence", "sentence1"),
-    "pair": ("text_pair", "sentence2"),
-    "label": ("label", "labels"),
+ENDINGS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
+SPLITS = {  # words in a file's name -> its split
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+TEXT_COLUMNS = (  # the first that a table has: GLUE's pairs of texts, or one text
+    *(("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis")),
+    *(("question", "sentence"), ("question1", "question2"), ("text",), ("sentence",)),
+)
+LETTER = re.compile(r"[^\W\d]").search
 
 
-@dataclass
-class Rows:
+@dataclass(eq=False)  # hashed by identity
+class Examples:
     """A data set's splits, each {"text": [str], "pair": [str] or None, "label": [int] or None}."""
 
     train: dict
-    test: dict
+    test: dict  # without texts where a fifth of train has to serve
     validation: dict | None  # of running text only
     classes: list | None  # names by number; None for running text
-    test_split: str  # what `test` was read from: "test" or "validation"
-    phrases: bool = False  # rows are phrases of one another
+    test_split: str  # what `test` was read from: "test", "validation" or "a fifth of train"
 
     @functools.cached_property
     def plain(self):
-        """Each training row as one string, its words a blank apart; equal rows are equal here."""
-        texts = [" ".join(text.split()) for text in self.train["text"]]
-        if self.train["pair"] is None:
-            return texts
-        pairs = [" ".join(text.split()) for text in self.train["pair"]]
-        return [f"{text}\n{pair}" for text, pair in zip(texts, pairs, strict=True)]
-
-    def within(self, text, known):
-        """Those of the plain texts `known` that `text` holds word for word, itself included."""
-        if not self.phrases:
-            return {text}
-        words = text.split(" ")
-        ends = range(1, len(words) + 1)
-        return known & {" ".join(words[start:end]) for end in ends for start in range(end)}
+        """Each training example as one string; two are equal but for blanks and capitals."""
+        columns = [self.train[key] for key in ("text", "pair") if self.train[key]]
+        plain = (map(" ".join, map(str.split, texts)) for texts in zip(*columns, strict=True))
+        return ["\n".join(texts).casefold() for texts in plain]
 
     @functools.cached_property
     def whole(self):
-        """Numbers of the training rows that stand in no other row, or None where none could."""
-        if not self.phrases:
+        """Numbers of the training examples that stand word for word in no other one.
+
+        None unless a quarter of a sample do, as most of SST-2's phrases; long texts are not tried.
+        """
+        known, numbers = dict.fromkeys(self.plain), range(len(self.plain))
+        sample = [*known][:: max(1, len(known) // 100)]
+        joined = "".join(f" {text} \n" for text in known)
+        if self.train["pair"] or len(joined) > 500 * len(known):
             return None
-        known, inside, whole = set(self.plain), set(), []
-        # Longest first: a row inside a row that was seen has no part that is not inside it too.
-        for row in sorted(range(len(self.plain)), key=lambda row: -len(self.plain[row])):
-            if self.plain[row] not in inside:
-                whole.append(row)
-                inside |= self.within(self.plain[row], known)
+        if sum(joined.count(f" {text} ") > 1 for text in sample) < len(sample) / 4:
+            return None
+        known, inside, whole = set(known), set(), []
+        # Longest first: a text inside one that was seen has no part that is not inside it, too.
+        for number in sorted(numbers, key=lambda number: -len(self.plain[number])):
+            if self.plain[number] not in inside:
+                whole.append(number)
+                inside |= parts_of(self.plain[number]) & known
         return sorted(whole)
 
+    def cut(self, among, choose):
+        """Cut the training examples `among` in two: (picked, rest), sorted numbers.
 
-def cut(rows, among, size, generator):
-    """Choose `size` of the training rows `among`, at most half of them: (picked, rest), sorted.
+        choose(candidates) picks; of phrases the candidates are whole sentences. The rest holds no
+        example that equals a picked one, or stands word for word inside one.
+        """
+        whole = set(self.whole or among)
+        picked, taken = sorted(choose([number for number in among if number in whole])), set()
+        for text in {self.plain[number] for number in picked}:
+            taken |= parts_of(text) if self.whole else {text}
+        return picked, [number for number in among if self.plain[number] not in taken]
 
-    Of phrases only whole sentences are chosen. The rest holds no row that equals a picked one, nor
-    any that stands word for word inside a picked one.
+
+def parts_of(text):
+    """All runs of words in a plain text, itself included."""
+    starts = [0, *(match.end() for match in re.finditer(" ", text))]
+    ends = [*(start - 1 for start in starts[1:]), len(text)]
+    return {text[start:end] for i, start in enumerate(starts) for end in ends[i:]}
+
+
+# ------------------------------------------------------------------------------------- tokenizer
+
+
+def tokenize(texts, tokenizer, name, pairs=None, **options):
+    """What the tokenizer makes of every text or pair: lists by name, `input_ids` for one.
+
+    `cut` says which had more than max_length tokens; it is empty where the tokenizer, written in
+    Python, does not tell. Text is text: a `</s>` or `[SEP]` in it is spelled out in pieces, or
+    becomes the unknown token. A bar shows where a person watches.
     """
-    among = sorted(among)
-    whole = set(rows.whole or among)
-    candidates = [row for row in among if row in whole]
-    size = min(size, len(candidates) // 2)
-    order = torch.randperm(len(candidates), generator=generator)[:size].tolist()
-    picked = sorted(candidates[i] for i in order)
-    known, gone = set(rows.plain), set()
-    for row in picked:
-        gone |= rows.within(rows.plain[row], known)
-    return picked, [row for row in among if rows.plain[row] not in gone]
+    split = {"split_special_tokens": True} if tokenizer.is_fast else {}  # else: all added tokens
+    special, unknown = special_tokens_in_text(tokenizer, split), tokenizer.unk_token_id
+    options |= {"return_special_tokens_mask": bool(special), "return_attention_mask": False}
+    result = defaultdict(list)
+    for i in tqdm(range(0, len(texts), 1000), f"tokenizing {name}", disable=None, leave=False):
+        encoded = tokenizer(texts[i : i + 1000], pairs and pairs[i : i + 1000], **options, **split)
+        masks = encoded.pop("special_tokens_mask", ())  # 1 for what the tokenizer added itself
+        for ids, added in zip(encoded["input_ids"], masks, strict=False):
+            for place, token in enumerate(ids):
+                if token in special and not added[place]:
+                    if unknown is None:
+                        fail(f"--model: its tokenizer cannot read {special[token]} as text")
+                    ids[place] = unknown
+        for key, values in encoded.items():
+            result[key] += values
+        result["cut"] += [bool(encoding.overflowing) for encoding in encoded.encodings or ()]
+    return result
 
 
-def tokenize(texts, tokenizer, what, pairs=None, offsets=False, **options):
-    """Token ids of every text or pair, a thousand at a time, with a bar where a person watches.
-
-    `offsets` adds no special tokens and returns (ids, offsets), offsets (first, end) in characters.
-    Text is text: a `</s>` or `[SEP]` in it is spelled out in pieces, or is the unknown token.
-    """
-    options |= {"split_special_tokens": True}
-    if offsets:
-        options |= {"return_offsets_mapping": True, "add_special_tokens": False}
-    words = words_in_vocabulary(tokenizer)
-    if words:
-        options |= {"return_special_tokens_mask": True}
-    ids, places = [], []
-    for i in tqdm(range(0, len(texts), 1000), f"tokenizing {what}", disable=None, leave=False):
-        part = slice(i, i + 1000)
-        found = tokenizer(texts[part], pairs[part] if pairs else None, **options)
-        for row, added in zip(
-            found["input_ids"], found.get("special_tokens_mask", []), strict=False
-        ):
-            for at, token in enumerate(row):
-                if token in words and not added[at]:
-                    if tokenizer.unk_token_id is None:
-                        fail(f"--model: its tokenizer has no way to read {words[token]} as text")
-                    row[at] = tokenizer.unk_token_id
-        ids += found["input_ids"]
-        places += found["offset_mapping"] if offsets else []
-    return (ids, places) if offsets else ids
-
-
-def words_in_vocabulary(tokenizer):
-    """{id: text} of the special tokens that are words of the vocabulary too, as T5's `</s>` is.
-
-    Text gives them even where the tokenizer is told to split them.
-    """
-    words, options = {}, {"split_special_tokens": True, "add_special_tokens": False}
-    for number, token in tokenizer.added_tokens_decoder.items():
-        if token.special and number != tokenizer.unk_token_id:
-            if number in tokenizer(token.content, **options)["input_ids"]:
-                words[number] = token.content
-    return words
-
-
-def quiet_libraries():
-    """Keep load reports, progress bars and retry warnings of the libraries off the terminal."""
-    for name in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+def special_tokens_in_text(tokenizer, split):
+    """{id: token} of the special tokens that a text can give: as T5's `</s>`, a word of its own."""
+    return {
+        number: token.content
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and number != tokenizer.unk_token_id
+        if number in tokenizer(token.content, add_special_tokens=False, **split)["input_ids"]
+    }
 
 
 @functools.cache
@@ -159,9 +154,9 @@ def offline_if_unreachable():
         socket.create_connection((hub.hostname, hub.port or 443), timeout=3).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
-        for name in ("huggingface_hub.constants", "datasets.config"):
-            if name in sys.modules:  # imported already, so it has read the environment
-                sys.modules[name].HF_HUB_OFFLINE = True
+        import huggingface_hub.constants
+
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # it may have read the environment before
 
 
 def model_folder(name):
@@ -171,25 +166,25 @@ def model_folder(name):
 
 @functools.cache
 def load_config(model):
-    """The model's config, from a folder, the hub's cache or the hub."""
-    quiet_libraries()
-    folder = model_folder(model)
+    """The model's config, from a folder, the hub's cache or the hub. No remote code."""
+    for key in ("HF_HUB_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(key, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    folder, problem = model_folder(model), "no usable config there"
     if not Path(folder).is_dir():
         offline_if_unreachable()
+        if os.environ.get("HF_HUB_OFFLINE"):
+            problem = "no such folder, nor in the hub's cache, and the hub is not reached; --model "
+            problem += "and --data_dir take folders, and --dataset demo needs no network"
     elif (Path(folder) / "adapter_config.json").exists():  # transformers would load its base
         fail(f"--model {model}: this folder holds an adapter; name its base, or --eval_only")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    message = f"--model {model}: no usable config there"
-    if os.environ.get("HF_HUB_OFFLINE") and not Path(folder).is_dir():
-        message = (
-            f"--model {model}: no such folder here, not in the hub's cache, and the hub cannot be "
-            "reached; pass a folder with --model (and one with the data by --data_dir), or try "
-            "--dataset demo, which needs no network"
-        )
-    with library_errors(message):
+    with library_errors(f"--model {model}: {problem}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # A config may name attention kernels to download, and another file of weights.
     config._attn_implementation = None
@@ -211,181 +206,198 @@ def load_tokenizer(model):
     return tokenizer, config
 
 
+# ----------------------------------------------------------------------------------------- files
+
+
+def is_data_file(path):
+    """Whether a path is a file with an ending that read_file knows."""
+    return path.suffix.lower() in ENDINGS and path.is_file()
+
+
+def find_files(where, dataset, data_dir):
+    """{split: its files} of a file, a folder, or the hub where there is no such folder."""
+    source = Path(data_dir) / dataset if dataset in HUB else Path(dataset)
+    inside = source.resolve()
+    if is_data_file(source):
+        return {"train": [source]}
+    if not source.is_dir():
+        offline_if_unreachable()
+        import huggingface_hub
+
+        (repository, part), advice = HUB[dataset], "put parquet files there, or try --dataset demo"
+        options = {"repo_type": "dataset", "allow_patterns": f"{part}/*.parquet"}
+        with library_errors(f"{where}: no folder {source}, and the hub gave nothing; {advice}"):
+            snapshot = Path(huggingface_hub.snapshot_download(repository, **options))
+        source, inside = snapshot / part, snapshot.resolve().parents[1]  # links into the cache
+    files = defaultdict(list)
+    for file in filter(is_data_file, sorted(source.rglob("[!.]*"))):
+        if inside not in file.resolve().parents:
+            fail(f"{where}: {file.name} is a link to a file outside the folder; copy the file")
+        words = re.split("[^a-z]+", str(file.relative_to(source)).lower())
+        files[next((SPLITS[word] for word in words[::-1] if word in SPLITS), "")].append(file)
+    # Files whose name says no split are training data where there are no others.
+    return {split or "train": files[split] for split in files if split or len(files) == 1}
+
+
+def read_file(where, file):
+    """([{column: value}, …] of a file, the class names that a parquet file has for its labels)."""
+    kind = file.suffix.lower()
+    with library_errors(f"{where}: cannot read {file.name}; a text file must be in UTF-8"):
+        if kind == ".parquet":
+            import pyarrow.parquet
+
+            table = pyarrow.parquet.ParquetFile(file).read()
+            info = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
+            features = info.get("info", {}).get("features", {})
+            names = (features.get("label") or features.get("labels") or {}).get("names")
+            return table.to_pylist(), names and [str(name).strip() for name in names]
+        content = file.read_text("utf-8-sig")
+        if kind in (".csv", ".tsv"):
+            # GLUE's tsv files quote nothing, and have lone quotes.
+            form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+            csv.field_size_limit(2**31 - 1)
+            reader = csv.DictReader(io.StringIO(content), **form)
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            examples = list(reader)
+        else:
+            try:
+                examples = json.loads(content)
+            except json.JSONDecodeError:  # not one list, but an object a line
+                examples = [json.loads(line) for line in content.split("\n") if line.strip()]
+    if not isinstance(examples, list) or not all(isinstance(e, dict) for e in examples):
+        fail(f"{where}: {file.name}: wanted: one list of objects, or one object a line")
+    if any(None in example for example in examples):
+        problem = "a line has more cells than the first line has names"
+        fail(f"{where}: {file.name}: {problem}; put texts with a separator in them in quotes")
+    return examples, None
+
+
 @dataclass
 class Table:
-    """One split as it was read, and the words for what is wrong with it."""
+    """One split as it was read."""
 
     where: str  # the flag that named it
     split: str
-    data: object  # datasets.Dataset
+    examples: list  # of {column: value}
+    class_names: list | None
     quoted: bool  # CSV, where a double quote begins a text that may hold commas and line breaks
 
-    def refuse(self, what, row=None):
-        place = f"the {self.split} split" if row is None else f"row {row} of the {self.split} split"
-        fail(f"{self.where}: {place} {what}")
+    def refuse(self, problem, number=None):
+        example = "" if number is None else f"example {number} of "
+        fail(f"{self.where}: {example}the {self.split} split {problem}")
 
-    def column(self, kind):
-        """The name of the column of this kind of COLUMNS, or None; two are an error."""
-        names = [name for name in COLUMNS[kind] if name in self.data.column_names]
-        if len(names) > 1:
-            self.refuse(f"has both {' and '.join(names)}; drop or rename one")
-        return names[0] if names else None
-
-    def values(self, kind):
-        name = self.column(kind)
-        return None if name is None else self.data[name][:]
-
-    @property
-    def classes(self):
-        """The names of a ClassLabel column, else None."""
-        return getattr(self.data.features[self.column("label")], "names", None)
-
-    def read(self, kinds):
-        """{"text", "pair", "label"} as lists, None for others; labels as text: "good" or "0"."""
-        columns = {kind: self.values(kind) if kind in kinds else None for kind in COLUMNS}
-        if any(columns[kind] is None for kind in kinds if kind != "pair"):
-            names = ", ".join(self.data.column_names)[:200]
-            needed = "text (or sentence) and label" if "label" in kinds else "text"
-            first = "; a CSV or TSV file names them in its first line"
-            self.refuse(f"has the columns {names}; needed: {needed}{first}")
-        if not columns["text"]:
-            self.refuse("has no rows")
-        for text in (columns["text"], columns["pair"] or []):
-            for row, value in enumerate(text):
-                if value is None or ("label" in kinds and not str(value).strip()):
-                    self.refuse("has no text; fill it or drop the row", row)
+    def read(self, labelled):
+        """{"text", "pair", "label"}: lists or None; labels as text, "good" or "0"."""
+        columns = [*dict.fromkeys(name for example in self.examples for name in example)]
+        text = next((group for group in TEXT_COLUMNS if {*group} <= {*columns}), ())
+        if not self.examples:
+            self.refuse("has no examples")
+        if not text or labelled and "label" not in columns:
+            form = "a CSV file separates them by commas and names them in its first line"
+            needed = f"text (or sentence){' and label' * labelled}; {form}"
+            self.refuse(f"has the columns {printable(', '.join(columns), 200)}; needed: {needed}")
+        texts = {n for e in self.examples for n, v in e.items() if isinstance(v, str) and LETTER(v)}
+        unread = [name for name in columns if name in texts - {*text, "label"}]
+        if unread and self.split == "train":
+            say(f"{self.where}: columns that are not read: {printable(', '.join(unread), 200)}")
+        for number, example in enumerate(self.examples):
+            for value in map(example.get, text):
+                if value is None or labelled and not str(value).strip():
+                    self.refuse("has no text; fill it or drop the example", number)
                 if not isinstance(value, str):
-                    self.refuse(f"has {value!r} for a text; wanted: words", row)
-        if "label" in kinds:
-            columns["label"] = self.label_names(columns["label"])
-        if self.quoted and "label" in kinds:
-            self.refuse_swallowed_rows(columns)
-        return columns
+                    self.refuse(f"has {printable(value)} for a text; wanted: words", number)
+        if labelled and self.quoted:
+            self.refuse_swallowed_lines(columns, text)
+        # A JSON file may hold half a character, a lone surrogate, which no tokenizer takes.
+        whole = [
+            [e[name].encode(errors="replace").decode() for e in self.examples] for name in text
+        ]
+        labels = self.read_labels() if labelled else None
+        return {"text": whole[0], "pair": whole[1] if whole[1:] else None, "label": labels}
 
-    def label_names(self, labels):
-        for row, label in enumerate(labels):
+    def read_labels(self):
+        """The labels as text without blanks around it."""
+        names, labels = self.class_names, [example.get("label") for example in self.examples]
+        for number, label in enumerate(labels):
             if unlabelled(label):
-                self.refuse("has no label (empty or -1); fill it or drop the row", row)
-        for row, label in enumerate(labels):
-            if isinstance(label, bool) or not isinstance(label, int | str):
-                self.refuse(f"has the label {label!r}; wanted: 0, 1, … or names", row)
-        return [self.classes[label] for label in labels] if self.classes else [*map(str, labels)]
+                self.refuse("has no label (empty or -1); fill it or drop the example", number)
+            if label not in range(len(names)) if names else not isinstance(label, int | str):
+                self.refuse(f"has the label {printable(label)}; wanted: 0, 1, … or names", number)
+        return [names[int(label)] if names else str(label).strip() for label in labels]
 
-    def refuse_swallowed_rows(self, columns):
-        """Notice a lone double quote: the rows from there to the next one stand in one text."""
-        names, known = self.data.column_names, set(columns["label"])
-        place = names.index(self.column("label"))
-        if place > names.index(self.column("text")):
-            place -= len(names)  # counted from the right, where the text's first line is whole
-        for text in (columns["text"], columns["pair"] or []):
-            for row, value in enumerate(text):
-                for line in value.split("\n")[:-1]:
-                    cells = line.split(",")
-                    if len(cells) > 1 and cells[place] in known:
-                        self.refuse(
-                            "holds other rows in its text, from a lone double quote to the next; "
-                            "double it inside quotes, or write TSV, where a quote is a letter",
-                            row,
-                        )
+    def refuse_swallowed_lines(self, columns, text):
+        """Notice a lone double quote: the lines from there to the next one stand in one text."""
+        labels, place = {str(e["label"]).strip() for e in self.examples}, columns.index("label")
+        if place > columns.index(text[0]):
+            place -= len(columns)  # counted from the right, where the text's first line is whole
+        for number, example in enumerate(self.examples):
+            for line in (line for name in text for line in example[name].split("\n")[:-1]):
+                cells = [cell.strip() for cell in line.split(",")]
+                if len(cells) > 1 and labels & {*cells[place:][:1]}:
+                    problem = "holds other lines in its text, from a lone double quote to the next"
+                    self.refuse(f"{problem}; double it inside quotes, or write TSV", number)
 
 
 def unlabelled(label):
-    """Whether a label is none: -1, an empty cell, or what a CSV with numbers makes of one: nan."""
-    return label in (None, -1) or label != label or not str(label).strip()
+    """Whether a label is none: -1, or an empty cell, which numbers make nan."""
+    return label is None or str(label).strip() in ("", "-1", "nan")
 
 
-def read_tables(dataset, data_dir, where):
-    """The splits of the files, or of the hub where there is no such folder: {split: Table}."""
-    quiet_libraries()
-    folder = Path(data_dir) / dataset if dataset in HUB else Path(dataset)
-    if not folder.is_dir():
-        offline_if_unreachable()
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(logging.CRITICAL)  # its errors come as exceptions too
-    try:
-        if not folder.is_dir():
-            found = datasets.load_dataset(*HUB[dataset])
-            return {split: Table(where, split, found[split], False) for split in found}
-        found, options = datasets.load_dataset_builder(str(folder)), {}
-        tsv = found.name == "csv" and found.config.sep == "\t"
-        if found.name == "csv":  # the words None, NA and null are text
-            options = {"keep_default_na": False, "na_values": [""]}
-        if tsv:  # GLUE's files quote nothing, and have lone quotes
-            options["quoting"] = csv.QUOTE_NONE
-        tables = {}
-        # Split by split: read together, all would get the class names and types of the first.
-        for split, files in found.config.data_files.items():
-            names = sorted({Path(file).name for file in files})
-            if len({re.sub(r"\d+", "", name) for name in names}) > 1:  # shards differ in numbers
-                fail(f"{where}: {' and '.join(names)} would both be the {split} split; keep one")
-            part = {"data_files": {split: list(files)}, "split": split}
-            data = datasets.load_dataset(str(folder), **part, **options)
-            if found.name == "csv" and "__index_level_0__" in data.column_names:
-                more = "a row has more cells than the first line has names"
-                fail(f"{where}: {names[0]}: {more}; put texts with a separator in them in quotes")
-            tables[str(split)] = Table(where, str(split), data, found.name == "csv" and not tsv)
-        return tables
-    except Exception as error:
-        cause = first_line(error.__cause__ or error)
-        if folder.is_dir():
-            fail(f"{where}: cannot read the files in {folder.name} ({cause})")
-        fail(
-            f"--dataset {dataset}: no folder {folder}, and the hub ({HUB[dataset][0]}) gave "
-            f"nothing ({cause}); put parquet files into {folder}, point --data_dir elsewhere "
-            "(and --model to a folder), or try --dataset demo"
-        )
+def read_tables(where, dataset, data_dir):
+    """{split: Table} of all files; those of one split are shards, whose names differ in numbers."""
+    tables = {}
+    for split, files in find_files(where, dataset, data_dir).items():
+        names = sorted({file.name for file in files})
+        if len({re.sub(r"\d+", "", name) for name in names}) > 1:
+            fail(f"{where}: {' and '.join(names)} would both be the {split} split; keep one")
+        shards, class_names = zip(*(read_file(where, file) for file in files), strict=True)
+        examples = [example for shard in shards for example in shard]
+        for example in examples:
+            if "labels" in example:
+                example["label"] = example.pop("labels")
+        quoted = files[0].suffix.lower() == ".csv"
+        tables[split] = Table(where, split, examples, class_names[0], quoted)
+    return tables
 
 
 @functools.cache  # a process reads a data set once, whatever the seeds
-def read_rows(dataset, data_dir):
-    """The data set's checked Rows. Test is scored, or validation where test is hidden or absent."""
+def read_examples(dataset, data_dir):
+    """The data set's checked Examples; validation serves as test where test is hidden or absent."""
     if dataset in DEMOS:
         blank = {"pair": None, "label": None}
         splits = {name: blank | columns for name, columns in demo.splits(dataset in TEXT).items()}
         classes = None if dataset in TEXT else ["negative", "positive"]
-        return Rows(splits["train"], splits["test"], splits.get("validation"), classes, "test")
+        return Examples(splits["train"], splits["test"], splits.get("validation"), classes, "test")
 
     where = f"--data_dir {data_dir}" if dataset in HUB else f"--dataset {dataset}"
-    tables = read_tables(dataset, data_dir, where)
-    three = ("train", "validation", "test")
-    missing = [name for name in three if name not in tables]
-    if "train" in missing or len(missing) > (0 if dataset in TEXT else 1):
-        files = "a train, a validation and a test" if dataset in TEXT else "a train and a test"
-        fail(f"{where}: needs {files} file; found {', '.join(tables)}")
+    tables = read_tables(where, dataset, data_dir)
+    needed = ("train", "validation", "test") if dataset in TEXT else ("train",)
+    if not {*needed} <= tables.keys():
+        files = f"{' and '.join(needed)} files ({', '.join(ENDINGS)})"
+        fail(f"{where}: needs {files}; it has {' and '.join(sorted(tables)) or 'none'}")
     if dataset in TEXT:
-        train, validation, test = (tables[name].read(["text"]) for name in three)
-        return Rows(train, test, validation, None, "test")
+        train, validation, test = (tables[name].read(labelled=False) for name in needed)
+        return Examples(train, test, validation, None, "test")
 
-    scored = "validation" if "test" in missing else "test"
-    if not missing and all(map(unlabelled, tables["test"].values("label") or [None])):
-        scored = "validation"  # the test labels are hidden, as SST-2's are
-    kinds = ("text", "pair", "label")
-    train, test = tables["train"].read(kinds), tables[scored].read(kinds)
-    if (train["pair"] is None) != (test["pair"] is None):
-        fail(f"{where}: of train and {scored} only one has a second text")
-    if len({*zip(train["text"], train["pair"] or train["text"], strict=True)}) == 1:
-        tables["train"].refuse("has the same text in all rows")
-    classes = number_classes(tables["train"], train["label"])
-    for name in tables[scored].classes or test["label"]:
-        if name not in classes:
-            tables[scored].refuse(f"has the label {name!r}; train has {', '.join(classes[:8])}")
-    for columns in (train, test):
-        columns["label"] = [classes.index(name) for name in columns["label"]]
-    # Nine in ten of SST-2's rows are phrases of another row.
-    return Rows(train, test, None, classes, scored, phrases=dataset == "sst2")
-
-
-def number_classes(table, labels):
-    """The names of the classes by number, from the training rows' labels (as text)."""
-    found = sorted(set(labels))
-    classes = table.classes or found
-    if not table.classes and isinstance(table.values("label")[0], int):
-        classes = [str(number) for number in range(len(found))]
-    if len(found) < 2 or set(found) != set(classes):
-        table.refuse(
-            f"has the labels {', '.join(found[:8])}; wanted: at least two classes, each with a "
-            "row, as names or as 0, 1, … without a gap"
+    hidden = "test" not in tables or all(
+        unlabelled(e.get("label")) for e in tables["test"].examples
+    )
+    scored = "validation" if "validation" in tables and hidden else "test"
+    splits = {n: tables[n].read(labelled=True) for n in ("train", scored) if n in tables}
+    used = sorted(set(splits["train"]["label"]))
+    if len(used) < 2:
+        tables["train"].refuse(
+            f"has the label {printable(used[0])} alone; wanted: two or more classes"
         )
-    return classes
+    kind = int if all(name.isdecimal() for name in used) else str
+    classes = tables["train"].class_names or sorted(used, key=kind)
+    for name, columns in splits.items():
+        if (columns["pair"] is None) != (splits["train"]["pair"] is None):
+            fail(f"{where}: of train and {name} only one has a second text")
+        for label in map(printable, set(columns["label"]) - set(classes)):
+            known = printable(", ".join(classes), 200)
+            tables[name].refuse(f"has the label {label}; train has {known}")
+        columns["label"] = [classes.index(label) for label in columns["label"]]
+    source = scored if scored in splits else "a fifth of train"
+    test = splits.get(scored, {"text": [], "pair": None, "label": []})
+    return Examples(splits["train"], test, None, classes, source)

@@ -1,23 +1,25 @@
-"""What a seed draws: named random numbers, and the train, dev and test rows of a run as tokens.
+"""What a seed draws: named random numbers, and the train, dev and test examples of a run as tokens.
 
-The protocol: the test rows are the same for every seed; dev rows and the training subset are the
-seed's own. No training row has a dev or held-out row's text, or stands inside one.
+The protocol: the test examples are the same for every seed; dev examples and the training subset
+are the seed's own. No training example has the tokens of a dev or held-out example; of a data set
+of phrases, as SST-2, none stands word for word inside one.
 """
 
 import functools
 import hashlib
+import itertools
 import math
 import re
+from collections import namedtuple
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from harness.process import fail, say
-from harness.rows import cut, load_tokenizer, read_rows, tokenize
-
-COLUMNS = ("tokens", "labels", "scorable", "types")  # of a Split, beside its starts
+from harness.rows import load_tokenizer, tokenize
+from harness.text import printable
 
 
 def seed_for(*names):
@@ -30,173 +32,259 @@ def generator_for(*names):
     return torch.Generator().manual_seed(seed_for(*names))
 
 
+# What decides a run's data: attributes of a run.
+FLAGS = "dataset data_dir model seed max_length train_samples dev_samples test_samples heldout"
+DataFlags = namedtuple("DataFlags", [*FLAGS.split(), "eval_only"])  # an adapter names the classes
+
+
 @dataclass
 class Split:
-    """Rows as one flat tensor: row i is tokens[starts[i]:starts[i + 1]]."""
+    """Examples as one flat tensor: example i is tokens[starts[i]:starts[i + 1]]."""
 
     tokens: torch.Tensor  # (total,) int32
-    starts: torch.Tensor  # (rows + 1,) int64
-    labels: torch.Tensor | None  # (rows,) int64
+    starts: torch.Tensor  # (examples + 1,) int64
+    labels: torch.Tensor | None  # (examples,) int64
     scorable: torch.Tensor | None  # (total,) bool, of running text: not added, not unknown
-    types: torch.Tensor | None = None  # (total,) int8, segment ids where the tokenizer gives some
-
-    @classmethod
-    def concatenate(cls, splits):
-        """One Split of the examples of several."""
-        columns = [[getattr(split, name) for split in splits] for name in COLUMNS]
-        tokens, labels, scorable, types = (
-            None if parts[0] is None else torch.cat(parts) for parts in columns
-        )
-        starts = F.pad(torch.cat([split.lengths for split in splits]).cumsum(0), (1, 0))
-        return cls(tokens, starts, labels, scorable, types)
-
-    def example(self, i):
-        """A Split of example i alone."""
-        begin, end = self.starts[i], self.starts[i + 1]
-        labels = None if self.labels is None else self.labels[i : i + 1]
-        tokens, scorable, types = (
-            None if part is None else part[begin:end]
-            for part in (self.tokens, self.scorable, self.types)
-        )
-        return Split(tokens, torch.tensor([0, end - begin]), labels, scorable, types)
+    types: torch.Tensor | None = None  # (total,) int8, segment ids, where one is not 0
+    cut: int = 0  # how many examples --max_length made shorter
 
     @property
     def lengths(self):
         return self.starts.diff()
 
     def sha256(self):
-        parts = [self.tokens, self.starts, self.labels, self.scorable]
         digest = hashlib.sha256()
-        for part in parts:
+        for part in (self.tokens, self.starts, self.labels, self.scorable, self.types):
             digest.update(b"" if part is None else part.numpy().tobytes())
         return digest.hexdigest()
 
 
-def describe(run, rows, task, train, dev, test, official):
-    """The data's part of the result file, and a line on the terminal. Same rows, same hash."""
-    found = {"task": task, "test_split": rows.test_split, "classes": rows.classes}
-    found["official"] = official
-    for name, split in (("train", train), ("dev", dev), ("test", test)):
-        found |= {name: len(split.lengths), f"{name}_sha256": split.sha256()}
-    sizes = ", ".join(f"{found[name]:,} {name}" for name in ("train", "dev", "test"))
-    kind = {"classification": "rows", "mlm": "masked-LM blocks", "clm": "causal blocks"}[task]
-    say(f"{run.settings['dataset']}, seed {run.seed}: {sizes} {kind} (test: {rows.test_split})")
-    return found
+def describe(run, examples, task, splits, official):
+    """The data's part of the result file, and lines on the terminal. Same examples, same hash."""
+    data = {"task": task, "test_split": examples.test_split, "classes": examples.classes}
+    data["official"] = official
+    for name, split in splits.items():
+        data |= {name: len(split.lengths), f"{name}_sha256": split.sha256()}
+    sizes = ", ".join(f"{data[name]:,} {name}" for name in splits)
+    kind = {"classification": "examples", "mlm": "masked-LM blocks", "clm": "causal blocks"}[task]
+    name = f"{Path(run.dataset).name}, seed {run.seed}"
+    say(f"{name}: {sizes} {kind} (test: {examples.test_split})")
+    if examples.classes:
+        labels = {name: split.labels for name, split in splits.items()}
+        size = len(examples.classes)
+        data["class_counts"] = {n: v.bincount(minlength=size).tolist() for n, v in labels.items()}
+        rows = [*zip(examples.classes, *data["class_counts"].values(), strict=True)]
+        shown = [f"{printable(name)} {train}/{dev}/{test}" for name, train, dev, test in rows[:20]]
+        say(f"classes (train/dev/test): {', '.join(shown)}{', …' * (size > 20)}")
+        lacking = [name for name, train, dev, _ in rows if not train or not dev]
+        if lacking:
+            say(f"train or dev has no example of the class {printable(', '.join(lacking), 200)}")
+        lengths = torch.cat([split.lengths for split in splits.values()])
+        middle, high = np.percentile(lengths, (50, 95))
+        cut = sum(split.cut for split in splits.values())
+        said = f"median {middle:.0f}, 95 % have {high:.0f} or fewer; {cut:,} of {len(lengths):,}"
+        say(f"tokens per example: {said} are cut at --max_length {run.max_length}")
+    return data
 
 
-def draw(rows, size, *names):
-    """A random subset of `rows` in their own order; all of them where `size` is None or larger."""
-    if size is None or size >= len(rows):
-        return list(rows)
-    picked = torch.randperm(len(rows), generator=generator_for(*names))[:size].sort().values
-    return [rows[i] for i in picked.tolist()]
+def permuted(numbers, *names):
+    """The numbers in a random order of this named use."""
+    order = torch.randperm(len(numbers), generator=generator_for(*names)).tolist()
+    return [numbers[i] for i in order]
+
+
+class Tokens:
+    """A split's labelled examples as tokens; each is tokenized when it is first asked for."""
+
+    def __init__(self, columns, tokenizer, pad, max_length):
+        self.columns, self.tokenizer, self.pad = columns, tokenizer, pad
+        self.max_length, self.made = max_length, {}
+
+    def of(self, numbers):
+        """(token ids, segment ids, whether --max_length cut it) of each of these examples."""
+        new, size = [n for n in dict.fromkeys(numbers) if n not in self.made], self.max_length
+        texts, pairs = (
+            self.columns[key] and [self.columns[key][number] for number in new]
+            for key in ("text", "pair")
+        )
+        if not pairs:
+            texts = [beginning(text, self.tokenizer, size) for text in texts]
+        options = {"truncation": True, "max_length": size}
+        encoded = tokenize(texts, self.tokenizer, "examples", pairs, **options)
+        ids = [row or [self.pad] for row in encoded["input_ids"]]  # a text may give no token
+        types = encoded["token_type_ids"] or [[0] * len(row) for row in ids]
+        cut = encoded["cut"] or [len(row) == size for row in ids]
+        arrays = zip(map(np.int32, ids), map(np.int8, types), cut, strict=True)
+        self.made |= zip(new, arrays, strict=True)
+        return [self.made[number] for number in numbers]
+
+    def texts(self, numbers):
+        """What the model reads of each of these examples, to compare."""
+        return [ids.tobytes() for ids, *_ in self.of(numbers)]
+
+
+def beginning(text, tokenizer, length):
+    """The text, or of a very long one a beginning with twice the tokens that are read.
+
+    A token depends on the text around it alone, so that the first `length` stay the same.
+    """
+    size, options = 100 * length, {"add_special_tokens": False}
+    while size < len(text) and tokenizer.truncation_side == "right":
+        if len(tokenizer(text[:size], **options)["input_ids"]) >= 2 * length:
+            return text[:size]
+        size *= 10
+    return text
+
+
+@functools.lru_cache(maxsize=1)  # every seed draws from the same tokens
+def labelled_tokens(examples, model, max_length, pad):
+    """(Tokens of the training examples, Tokens of the test examples)."""
+    options = (load_tokenizer(model)[0], pad, max_length)
+    return Tokens(examples.train, *options), Tokens(examples.test, *options)
+
+
+def split_examples(run, examples, pad):
+    """Labelled examples -> ({"train", "dev", "test": Split}, number of official test examples).
+
+    Without a test file a fifth of each class, the same for every seed, is the official test set.
+    --heldout examples come behind it. Dev is --dev_samples, or a tenth of train, at most 500.
+    """
+    tokens, test_tokens = labelled_tokens(examples, run.model, run.max_length, pad)
+    numbers, taken = range(len(examples.train["text"])), set()
+
+    def apart(candidates, size, *names):
+        """The first `size` in random order of the candidates whose tokens are not `taken`."""
+        order, picked = permuted(candidates, *names), []
+        while order and len(picked) < size:
+            batch, order = order[: size - len(picked)], order[size - len(picked) :]
+            texts = zip(batch, tokens.texts(batch), strict=True)
+            picked += [number for number, text in texts if text not in taken]
+        return picked
+
+    def half(size, *names):
+        return lambda candidates: apart(candidates, min(size, len(candidates) // 2), *names)
+
+    def fifth(candidates):
+        picked, once = [], {examples.plain[number]: number for number in candidates}.values()
+        for label, name in enumerate(examples.classes):
+            members = [number for number in once if examples.train["label"][number] == label]
+            if 0 < len(members) < 10:
+                few = f"the class {printable(name)} has {len(members)} different examples"
+                fail(f"--dataset {run.dataset}: {few}; 10 give a test set, or add a test file")
+            picked += permuted(members, "fifth")[: len(members) // 5]
+        return picked
+
+    def cut(rest, choose):
+        picked, rest = examples.cut(rest, choose)
+        taken.update(tokens.texts(picked))
+        return picked, rest
+
+    official, rest = range(len(examples.test["text"])), numbers
+    if not official:
+        (official, rest), test_tokens = cut(numbers, fifth), tokens
+    official = sorted(permuted(official, "test")[: run.test_samples])
+    held, rest = cut(rest, half(run.heldout, "heldout"))
+    dev, rest = cut(rest, half(run.dev_samples or min(500, len(numbers) // 10), run.seed, "dev"))
+    train = sorted(apart(rest, run.train_samples or len(rest), run.seed, "train"))
+    if not train or not dev:
+        few = f"{len(numbers)} training examples are too few, or too many are equal; 20 or more"
+        fail(f"--dataset {run.dataset}: {few}")
+    splits = {"train": [(tokens, train)], "dev": [(tokens, dev)]}
+    splits["test"] = [(test_tokens, official), (tokens, held)]
+    return {name: as_split(*parts) for name, parts in splits.items()}, len(official)
+
+
+def as_split(*parts):
+    """A Split of examples: (Tokens, numbers) for each part."""
+    labels = [part.columns["label"][number] for part, numbers in parts for number in numbers]
+    rows = [row for part, numbers in parts for row in part.of(numbers)]
+    ids, types, cut = zip(*rows, strict=True)
+    types, _ = flat(types)
+    return Split(*flat(ids), torch.tensor(labels), None, types if types.any() else None, sum(cut))
 
 
 def flat(lists):
-    """Lists of token ids -> (tokens (total,) int32, starts (rows + 1,) int64)."""
-    starts = torch.tensor([0, *map(len, lists)]).cumsum(0)
-    return torch.tensor([token for row in lists for token in row], dtype=torch.int32), starts
+    """Lists of token ids -> (tokens (total,) int32, starts (examples + 1,) int64)."""
+    tokens = np.concatenate(lists, dtype=np.int32, casting="unsafe")
+    return torch.from_numpy(tokens), torch.tensor([0, *map(len, lists)]).cumsum(0)
 
 
-def split_rows(run, rows, tokenizer, pad):
-    """Labelled rows -> (train, dev, test, number of official test rows, which come first).
-
-    Dev is 500 whole sentences of SST-2, whose rows are phrases of one another, or a tenth of other
-    data, at most 500 rows. --heldout rows are cut from train by the same rules, once for all seeds.
-    """
-    every = range(len(rows.train["text"]))
-    held, rest = cut(rows, every, run.heldout, generator_for("heldout"))
-    size = 500 if rows.whole else min(500, len(every) // 10)
-    dev, rest = cut(rows, rest, size, generator_for(run.seed, "dev"))
-    train = draw(rest, run.train_samples, run.seed, "train")
-    official = draw(range(len(rows.test["text"])), run.test_samples, "test")
-    if not train or not dev:
-        fail(f"--dataset {run.dataset}: {len(every)} training rows are too few; 20 or more")
-
-    def split(name, *parts):  # parts: (columns, row numbers)
-        columns = {key: [] for key in ("text", "pair", "label")}
-        for part, numbers in parts:
-            for key, values in columns.items():
-                values += [part[key][row] for row in numbers] if part[key] else []
-        pairs = columns["pair"] or None
-        options = {"truncation": True, "max_length": run.max_length}
-        ids = tokenize(columns["text"], tokenizer, name, pairs, **options)
-        # A decoder's tokenizer makes nothing of an empty text.
-        return Split(*flat([row or [pad] for row in ids]), torch.tensor(columns["label"]), None)
-
-    test = split("test", (rows.test, official), (rows.train, held))
-    return split("train", (rows.train, train)), split("dev", (rows.train, dev)), test, len(official)
-
-
-def split_text(run, tokenizer, masked):
-    """Running text -> (train, dev, test, number of test blocks): streams of tokens in blocks.
+def split_text(run, examples, masked):
+    """Running text in blocks -> ({"train", "dev", "test": Split}, number of test blocks).
 
     An encoder's block (`masked`) is [CLS] … [SEP], max_length tokens in all. A decoder's begins
     with the token that its tokenizer puts before every text, if it does (Llama does, GPT-2 not).
-    Dev is drawn from the validation split: as many blocks as train has, at most 500.
+    Dev is --dev_samples blocks of validation, or as many as train has, at most 500.
     """
+    tokenizer, _ = load_tokenizer(run.model)
     if run.heldout:
-        fail(f"--heldout {run.heldout}: only for labelled rows, {run.dataset} has none")
-    start, end = [], []
+        fail(f"--heldout {run.heldout}: only for labelled examples, {run.dataset} has none")
+    start, end, splits = [], [], {}
     if masked:
         start, end = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
         if None in (*start, *end, tokenizer.mask_token_id):
             fail(f"--model {run.model}: its tokenizer lacks a mask, cls or sep token, masked LM's")
     elif tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]:
         start = [tokenizer.bos_token_id]
-    size, splits = run.max_length - len(start + end), []
-    samples = {"train": run.train_samples, "test": run.test_samples}
-    for name, (tokens, scorable) in read_streams(run.model, run.dataset, run.data_dir).items():
-        if not scorable.any():
-            fail(f"--dataset {run.dataset}: its {name} split has no known word")
-        blocks = range(math.ceil(len(tokens) / size))
+    kinds = masked and tokenizer("a").get("token_type_ids") or [0]  # of [CLS], text and [SEP]
+    size, sizes = run.max_length - len(start + end), {"dev": run.dev_samples}
+    sizes |= {"train": run.train_samples, "test": run.test_samples}
+    for name, (tokens, scorable) in read_streams(examples, run.model).items():
+        if name == "dev" and not run.dev_samples:
+            sizes["dev"] = min(500, len(splits["train"].lengths))
         names = ["test"] if name == "test" else [run.seed, name]
-        lists, flags = [], []
-        for i in draw(blocks, samples[name], *names):
-            part = slice(i * size, (i + 1) * size)
-            lists.append([*start, *tokens[part].tolist(), *end])
-            flags += [*(False for _ in start), *scorable[part].tolist(), *(False for _ in end)]
-        splits.append(Split(*flat(lists), None, torch.tensor(flags)))
-        samples.setdefault("dev", min(500, len(lists)))  # train comes first
-    return *splits, len(splits[-1].lengths)
+        blocks = permuted(range(math.ceil(len(tokens) / size)), *names)[: sizes[name]]
+        parts = [slice(i * size, (i + 1) * size) for i in sorted(blocks)]
+        flags = [np.pad(scorable[part], (len(start), len(end))) for part in parts]
+        ids, starts = flat([np.concatenate([start, tokens[part], end]) for part in parts])
+        types = torch.full_like(ids, kinds[len(kinds) // 2])
+        types[starts[:-1]], types[starts[1:] - 1] = kinds[0], kinds[-1]
+        types = types if any(kinds) else None
+        splits[name] = Split(ids, starts, None, torch.from_numpy(np.concatenate(flags)), types)
+    return splits, len(splits["test"].lengths)
 
 
 @functools.lru_cache(maxsize=1)  # every seed cuts its blocks from the same streams
-def read_streams(model, dataset, data_dir):
-    """{"train", "dev", "test": (tokens (n,) int32, scorable (n,) bool)} of running text.
+def read_streams(examples, model):
+    """{"train", "dev", "test": (tokens (n,) int32, scorable (n,) bool)} of running text, in numpy.
 
     WikiText's `<unk>` is one unknown word. It becomes the tokenizer's unknown token where that is a
     token of its own. Where there is none, or it doubles as the end of text (GPT-2, SmolLM2), the
     text stays as it is and none of its pieces is scored.
     """
     tokenizer, _ = load_tokenizer(model)
-    rows, unknown = read_rows(dataset, data_dir), tokenizer.unk_token_id
+    unknown = tokenizer.unk_token_id
     others = ("eos_token_id", "bos_token_id", "pad_token_id", "mask_token_id")
-    own = unknown is not None and unknown not in [getattr(tokenizer, name) for name in others]
-    own = own and "unk" in tokenizer.unk_token.lower()  # SmolLM2's is <|endoftext|>, not its eos
-    streams = {}
-    for name, part in (("train", rows.train), ("dev", rows.validation), ("test", rows.test)):
-        lines = [text.rstrip("\n") + "\n" for text in part["text"] if text.strip()]
-        if not lines:
-            fail(f"--dataset {dataset}: the {name} split has no text in it")
-        ids, offsets = tokenize(lines, tokenizer, name, offsets=True)
-        parts = []
-        for line, tokens, places in zip(lines, ids, offsets, strict=True):
-            tokens, places = np.array(tokens, np.int32), np.array(places, int).reshape(-1, 2)
-            covered = np.zeros(len(line) + 1, int)  # how many characters before this are `<unk>`'s
-            for found in re.finditer("<unk>", line):
-                covered[found.start() + 1 : found.end() + 1] = 1
+    distinct = unknown is not None and unknown not in [getattr(tokenizer, o) for o in others]
+    # SmolLM2's unknown token is <|endoftext|>, which is not its end of text.
+    distinct = distinct and "unk" in tokenizer.unk_token.lower()
+    options = {"add_special_tokens": False, "return_offsets_mapping": tokenizer.is_fast}
+    splits = {"train": examples.train, "dev": examples.validation, "test": examples.test}
+    for name, columns in splits.items():
+        lines = [text.rstrip("\n") + "\n" for text in columns["text"] if text.strip()]
+        if not tokenizer.is_fast:  # written in Python: no offsets, but it reads its own `<unk>`
+            if not distinct and any("<unk>" in line for line in lines):
+                fail(f"--model {model}: its tokenizer does not tell what becomes of `<unk>`")
+            lines = [line.replace("<unk>", tokenizer.unk_token or "") for line in lines]
+        encoded = tokenize(lines, tokenizer, name, **options)
+        ids = encoded["input_ids"] or [[]]
+        tokens = flat(ids)[0].numpy()
+        piece = np.zeros(len(tokens), bool)  # whether a token is part of an `<unk>`
+        if tokenizer.is_fast and len(tokens):
+            text, begin = "".join(lines), np.cumsum([0, *map(len, lines)])[:-1]
+            covered = np.zeros(len(text) + 1, int)  # how many characters before this are `<unk>`'s
+            for match in re.finditer("<unk>", text):
+                covered[match.start() + 1 : match.end() + 1] = 1
+            places = np.array([*itertools.chain(*encoded["offset_mapping"])])  # in their lines
+            places += np.repeat(begin, [*map(len, ids)])[:, None]
             before, after = covered.cumsum()[places].T
             piece = after > before
-            if own:
+            if distinct:  # the first piece of each becomes the unknown token, the others go
                 first = piece & (before % len("<unk>") == 0)
                 tokens[first] = unknown
-                tokens = tokens[first | ~piece]
-                parts.append((tokens, tokens != unknown))
-            else:
-                parts.append((tokens, ~piece))
-        tokens, scorable = (
-            torch.from_numpy(np.concatenate(each)) for each in zip(*parts, strict=True)
-        )
-        streams[name] = tokens, scorable
-    return streams
+                tokens, piece = tokens[first | ~piece], piece[first | ~piece]
+        scorable = tokens != unknown if distinct else ~piece
+        if not scorable.any():
+            fail(f"--model {model}: its tokenizer knows no word of the {name} text")
+        splits[name] = tokens, scorable
+    return splits

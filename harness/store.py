@@ -40,7 +40,7 @@ from harness.process import (
     process_index,
     say,
 )
-from harness.rows import HUB
+from harness.rows import HUB, find_files
 
 LIBRARIES = ("torch", "transformers", "datasets", "bitsandbytes")
 
@@ -83,16 +83,14 @@ def read_result(path):
 
 @functools.cache
 def files_sha256(dataset, data_dir):
-    """The hash of a data set's files: their names and bytes. All sets without files have one."""
+    """The hash of the files that a data set is read from: their names and bytes.
+
+    All data sets without files have one.
+    """
     place, digest = Path(data_dir) / dataset if dataset in HUB else Path(dataset), hashlib.sha256()
-    for file in [place] if place.is_file() else sorted(place.rglob("*")):
-        named = file == place or re.search("train|test|val|dev", str(file.relative_to(place)), re.I)
-        if (
-            named
-            and file.suffix in (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-            and file.is_file()
-        ):
-            digest.update(file.name.encode() + file.read_bytes())
+    splits = find_files(f"--dataset {dataset}", dataset, data_dir) if place.exists() else {}
+    for file in (file for files in splits.values() for file in files):
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
 
 

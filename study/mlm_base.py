@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import datasets
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 import transformers
@@ -22,15 +22,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common import Data, collate, learning_rate_scale, order, predicted_tokens  # noqa: E402
-from harness.rows import load_tokenizer, tokenise  # noqa: E402
+from common import Data, learning_rate_scale  # noqa: E402
+from harness.batches import collate, length_grouped_batches, predicted_tokens  # noqa: E402
+from harness.rows import load_tokenizer, read_file, tokenize  # noqa: E402
 from harness.splits import Split, flat  # noqa: E402
 
 
 def blocks_of(texts, tokenizer, length):
     """Reviews as one stream of tokens in blocks [CLS] … [SEP]: a Split."""
-    ids = tokenise(texts, tokenizer, "reviews", add_special_tokens=False)
-    stream, size = [token for row in ids for token in row], length - 2
+    encoded = tokenize(texts, tokenizer, "reviews", add_special_tokens=False)
+    stream, size = [token for row in encoded["input_ids"] for token in row], length - 2
     parts = [stream[i : i + size] for i in range(0, len(stream) - size, size)]
     rows = [[tokenizer.cls_token_id, *part, tokenizer.sep_token_id] for part in parts]
     flags = [[False, *(True for _ in part), False] for part in parts]
@@ -49,12 +50,14 @@ def main():
     add("--max_steps", type=int, default=10**9)
     add("--lr", type=float, default=5e-4)
     args = parser.parse_args()
-    tokenizer, config = load_tokenizer(args.model)
-    if args.text:
-        texts = datasets.load_dataset("parquet", data_files=args.text, split="train")["text"]
-    else:
-        texts = datasets.load_dataset("stanfordnlp/imdb", split="unsupervised")["text"]
-    split = blocks_of(list(texts), tokenizer, 128)
+    tokenizer, _ = load_tokenizer(args.model)
+    file = args.text or huggingface_hub.hf_hub_download(
+        "stanfordnlp/imdb",
+        "plain_text/unsupervised-00000-of-00001.parquet",
+        repo_type="dataset",
+    )
+    examples, _ = read_file("--text", Path(file))
+    split = blocks_of([example["text"] for example in examples], tokenizer, 128)
     ids = (tokenizer.pad_token_id, tokenizer.mask_token_id, len(tokenizer))
     data = Data("mlm", False, None, *ids, split, split, split, 0, {})
 
@@ -63,17 +66,19 @@ def main():
     model.base_model.embeddings.requires_grad_(False)
     trained = [tensor for tensor in model.parameters() if tensor.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.01, fused=True)
-    per_epoch = len(order(split.lengths, 32, 0))
+    per_epoch = len(length_grouped_batches(split.lengths, 32, 0))
     total = min(args.max_steps, args.epochs * per_epoch)
     bar = tqdm(range(1, total + 1), "training", disable=None)
     for step in bar:
         epoch, place = divmod(step - 1, per_epoch)
         if place == 0:
             targets = predicted_tokens(data, split, 0, epoch)
-            batches = order(split.lengths, 32, 0, epoch)
+            batches = length_grouped_batches(split.lengths, 32, 0, epoch)
         batch = collate(data, split, batches[place], targets)
         hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.mask)[0]
-        loss = F.cross_entropy(model.cls(hidden.flatten(0, 1)[batch.read]), batch.target)
+        loss = F.cross_entropy(
+            model.cls(hidden.flatten(0, 1)[batch.output_positions]), batch.target
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for group in optimizer.param_groups:

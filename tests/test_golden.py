@@ -62,7 +62,7 @@ def test_the_study_s_splits_are_the_committed_ones(dataset, seeds, tmp_path):
     committed = map(json.loads, (ROOT / "study" / f"{dataset}.jsonl").read_text().splitlines())
     runs = {run["seed"]: run for run in committed if run["method"] == "lora"}
     for seed in seeds:
-        flags = runs[seed]["flags"]
+        flags = runs[seed]["settings"]
         words = ["--dataset", dataset, "--data_dir", ROOT / "data", "--out", tmp_path]
         words += ["--model", ROOT / "models/all-MiniLM-L6-v2", "--seeds", seed]
         for key in ("train_samples", "test_samples", "heldout", "max_length"):

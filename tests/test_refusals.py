@@ -7,7 +7,7 @@ from conftest import ended, ready, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import common
+import baseline
 import lora
 import qlora
 
@@ -28,7 +28,7 @@ def write(folder, auto, kind, tokenizer="bert", **fields):
 
 def text(text_dir, folder):
     flags = ["--dataset", "wikitext2", "--data_dir", text_dir, "--model", folder]
-    return [*flags, "--max_length", 16, "--max_steps", 2, "--no_timing"]
+    return [*flags, "--max_length", 16, "--max_steps", 2]
 
 
 def rows(reviews, folder):
@@ -40,9 +40,9 @@ def test_a_causal_lm_that_sees_the_future_has_no_perplexity(text_dir, tmp_path, 
     for sees, name in ((False, "causal"), (True, "sees")):
         fields = {**grouped, "use_bidirectional_attention": sees}
         write(tmp_path / name, "AutoModelForCausalLM", "gemma3_text", "llama", **fields)
-    code, error = ended(capfd, common, *text(text_dir, tmp_path / "sees"), "--out", tmp_path)
+    code, error = ended(capfd, baseline, *text(text_dir, tmp_path / "sees"), "--out", tmp_path)
     assert code == 2 and "sees later tokens" in error
-    assert common.main([*map(str, text(text_dir, tmp_path / "causal")), "--out", str(tmp_path)])
+    assert baseline.main([*map(str, text(text_dir, tmp_path / "causal")), "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
@@ -65,12 +65,14 @@ def test_new_tensors_that_come_uninitialized_are_drawn_again(tmp_path):
     assert model.bias.eq(0).all() and model.weight.abs().max() < 1 and model.weight.std() > 0
 
 
-def test_layers_that_no_gradient_reaches_are_named(reviews, tmp_path, capfd):
-    """CANINE throws the output of its last layers away when it classifies."""
-    folder = write(tmp_path / "canine", "AutoModel", "canine")
-    words = [*rows(reviews, folder), "--targets", "query", "value", "--out", tmp_path]
+def test_layers_that_no_gradient_reaches_are_named(text_dir, tmp_path, capfd):
+    """Longformer's queries of global attention are idle where no token has it."""
+    fields = {"attention_window": 16, "type_vocab_size": 1}
+    folder = write(tmp_path / "longformer", "AutoModelForMaskedLM", "longformer", **fields)
+    words = [*text(text_dir, folder), "--targets", "query", "query_global", "--out", tmp_path]
     code, error = ended(capfd, lora, *words)
-    assert code == 2 and "no gradient reaches canine.final_char_encoder" in error
+    assert code == 2 and "no gradient reaches longformer.encoder.layer.0.attention.self" in error
+    assert "query_global" in error
 
 
 def test_a_library_error_is_one_line(reviews, tmp_path, capfd):
@@ -88,7 +90,7 @@ def test_layers_whose_output_a_model_changes_in_place(module, reviews, tmp_path)
     folder = write(tmp_path / "longformer", "AutoModel", "longformer", attention_window=16)
     flags = ["--nf4_kernel", "torch"] if module is qlora else []
     run, data, base, method = ready(module, tmp_path, *rows(reviews, folder), *flags)
-    assert module.train(base, data, run, method).step == 2
+    assert module.train(run, data, base, method).step == 2
 
 
 def test_experts_outside_linear_layers_are_told(reviews, tmp_path, capsys):
@@ -96,7 +98,7 @@ def test_experts_outside_linear_layers_are_told(reviews, tmp_path, capsys):
     folder = write(tmp_path / "mixtral", "AutoModelForCausalLM", "mixtral", "llama", **fields)
     *_, method = ready(qlora, tmp_path, *rows(reviews, folder), "--nf4_kernel", "torch")
     experts = 2 * 4 * 3 * 32 * 64  # layers · experts · matrices
-    assert method["info"]()["weights_not_quantized"] == experts
+    assert method.report()["weights_not_quantized"] == experts
     assert f"not in NF4: {experts:,} weights" in capsys.readouterr().out
 
 

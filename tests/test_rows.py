@@ -1,29 +1,32 @@
-"""Raw rows: files, columns, labels, the cut and tokens, against brute force and exact messages."""
+"""Files, columns, labels, the cut and tokens: against brute force and exact messages."""
 
 import math
+import os
 import random
+import socket
 
 import datasets
+import huggingface_hub
 import pytest
-import torch
 from conftest import WORDS, ready, result_of, rows_flags, sentences, tiny_tokenizer, write_rows
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import lora
-from harness.rows import Rows, cut, read_rows, tokenize
+from harness.rows import ENDINGS, TEXT_COLUMNS, Examples, read_examples, tokenize
 
 TEXTS, LABELS = sentences(40, 0)
 NAMES = [["bad", "good"][label] for label in LABELS]
 
 
 def write(folder, **changes):
-    """40 + 40 good rows, but for the changes: train_text=…, test_label=…, label=None …"""
+    """40 + 40 good examples, but for the changes: train_text=…, test_label=…, label=None …"""
     for split in ("train", "test"):
-        columns = {"text": TEXTS, "label": LABELS} | changes
-        for key in changes:
-            if key.startswith(("train_", "test_")):
-                value, (where, name) = columns.pop(key), key.split("_", 1)
-                columns |= {name: value} if where == split else {}
+        columns = {"text": TEXTS, "label": LABELS}
+        for key, values in changes.items():
+            where, _, name = (
+                key.rpartition("_") if key.startswith(("train_", "test_")) else ("", "", key)
+            )
+            columns |= {name: values} if where in ("", split) else {}
         columns = {name: values for name, values in columns.items() if values is not None}
         write_rows(folder, split, columns)
     return folder
@@ -41,8 +44,9 @@ def files(folder, **contents):
     folder.mkdir(parents=True)
     for name, content in ({"test_csv": lines()} | contents).items():
         if content:
-            name = ".".join(name.rsplit("_", 1))
-            (folder / name).write_text("\n".join(content) + "\n")
+            (folder / ".".join(name.rsplit("_", 1))).write_text(
+                "\n".join(content) + "\n", errors="surrogateescape"
+            )
     return folder
 
 
@@ -58,7 +62,7 @@ def named(folder, train, test):
 
 
 def read(folder):
-    return read_rows(str(folder), "nowhere")
+    return read_examples(str(folder), "nowhere")
 
 
 def refused(capsys, call, *words):
@@ -88,14 +92,22 @@ def test_rows_of_glue(tmp_path):
     assert found.train["pair"] == ["None"] * 80 and found.test_split == "validation"
 
 
-@pytest.mark.parametrize("text", ["text", "sentence", "sentence1"])
-@pytest.mark.parametrize("pair", ["text_pair", "sentence2"])
-def test_columns_by_other_names(tmp_path, text, pair):
-    columns = {text: TEXTS, pair: TEXTS[::-1], "labels": LABELS, "idx": LABELS}
+@pytest.mark.parametrize("columns", [group for group in TEXT_COLUMNS if len(group) == 2])
+def test_columns_of_text_pairs(tmp_path, columns, capsys):
+    """Of QNLI, MNLI, QQP, RTE and PAWS; the order of the columns does not matter."""
+    text, pair = columns
+    rows = {"idx": LABELS, pair: TEXTS[::-1], "labels": LABELS, text: TEXTS}
     for split in ("train", "test"):
-        write_rows(tmp_path / "pairs", split, columns)
+        write_rows(tmp_path / "pairs", split, rows)
     found = read(tmp_path / "pairs")
     assert found.train == found.test == {"text": TEXTS, "pair": TEXTS[::-1], "label": LABELS}
+    assert capsys.readouterr().out == ""
+
+
+def test_columns_with_words_that_are_not_read_are_named(tmp_path, capsys):
+    rows = [f"{text},{i % 2},{i},title {i}" for i, text in enumerate(TEXTS)]
+    read(files(tmp_path / "films", train_csv=["sentence,label,idx,title", *rows]))
+    assert capsys.readouterr().out.endswith("/films: columns that are not read: title\n")
 
 
 def test_quotes_and_words_for_nothing_in_a_csv_file(tmp_path):
@@ -110,12 +122,10 @@ def test_quotes_and_words_for_nothing_in_a_csv_file(tmp_path):
 
 @pytest.mark.parametrize("kind, mark", [("csv", ","), ("tsv", "\t")])
 def test_a_text_with_a_bare_separator_is_not_cut(kind, mark, tmp_path, capsys):
-    """pandas would take what stands before it for the row's number."""
     rows = f"text{mark}label\nbad{mark} and long{mark}0\nfine{mark} and short{mark}1\n"
-    for name in ("train", "test"):
-        (tmp_path / f"{name}.{kind}").write_text(rows)
-    error = refused(capsys, read_rows, str(tmp_path), "data")
-    assert f".{kind}: a row has more cells than the first line has names" in error
+    (tmp_path / f"train.{kind}").write_text(rows)
+    error = refused(capsys, read, tmp_path)
+    assert f".{kind}: a line has more cells than the first line has names" in error
 
 
 @pytest.mark.parametrize(
@@ -125,6 +135,7 @@ def test_a_text_with_a_bare_separator_is_not_cut(kind, mark, tmp_path, capsys):
         (["good", "bad"], ["bad", "good"], ["good", "bad"]),  # the training file's own order
         (["good", "bad"], None, ["good", "bad"]),
         (None, ["good", "bad"], ["bad", "good"]),  # names without an order: by name
+        (["dull", "good", "bad"], ["bad", "dull", "good"], ["dull", "good", "bad"]),
     ],
 )
 def test_classes_are_mapped_by_name(tmp_path, train, test, order):
@@ -133,14 +144,24 @@ def test_classes_are_mapped_by_name(tmp_path, train, test, order):
     assert found.train["label"] == found.test["label"] == [order.index(name) for name in NAMES]
 
 
+def test_blanks_around_labels_and_column_names(tmp_path):
+    rows = [
+        f" {text} , {name}{' ' * (len(text) % 3)}" for text, name in zip(TEXTS, NAMES, strict=True)
+    ]
+    found = read(files(tmp_path / "a", train_csv=["text, label ", *rows], test_csv=lines(NAMES)))
+    assert found.classes == ["bad", "good"] and found.train["label"] == found.test["label"]
+
+
 def test_numbers_are_counted_and_names_sorted(tmp_path):
-    """Of twelve classes 2 comes before 10."""
-    found = read(write(tmp_path / "numbers", label=[i % 12 for i in range(40)]))
-    assert found.classes == [str(i) for i in range(12)]
-    assert found.train["label"] == [i % 12 for i in range(40)]
-    found = read(write(tmp_path / "names", label=[f"{3 - i % 3} stars" for i in range(40)]))
-    assert found.classes == ["1 stars", "2 stars", "3 stars"]
-    assert found.test["label"] == [2 - i % 3 for i in range(40)]
+    """Of twelve classes 2 comes before 10; 1 to 5 stars need no 0."""
+    for name, labels, classes in (
+        ("zero", [i % 12 for i in range(40)], [str(i) for i in range(12)]),
+        ("one", [5 - i % 5 for i in range(40)], ["1", "2", "3", "4", "5"]),
+        ("names", [f"{3 - i % 3} stars" for i in range(40)], ["1 stars", "2 stars", "3 stars"]),
+    ):
+        found = read(write(tmp_path / name, label=labels))
+        assert found.classes == classes
+        assert [classes[label] for label in found.test["label"]] == [*map(str, labels)]
 
 
 @pytest.mark.parametrize("label, scored", [([-1] * 40, "validation"), (LABELS, "test")])
@@ -150,48 +171,144 @@ def test_hidden_test_labels_beside_validation(label, scored, models, tmp_path, c
     write_rows(tmp_path / "films", "validation", {"text": TEXTS[:9], "label": LABELS[:9]})
     _, data, *_ = ready(lora, tmp_path, *rows_flags(models, tmp_path / "films"))
     size = 9 if scored == "validation" else 40
-    assert f"{size} test rows (test: {scored})" in capsys.readouterr().out
+    assert f"{size} test examples (test: {scored})" in capsys.readouterr().out
     assert data.description["test_split"] == scored and data.official == size
+
+
+# --------------------------------------------------------------------------- which files are read
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_one_file_is_a_data_set(ending, tmp_path):
+    """So is a folder with a train file alone, or one file whose name says no split."""
+    table = datasets.Dataset.from_dict({"text": TEXTS, "label": NAMES})
+    kind = {".tsv": "csv", ".jsonl": "json"}.get(ending, ending[1:])
+    options = {".tsv": {"sep": "\t"}, ".json": {"lines": False}}.get(ending, {})
+    for name in ("tickets", "alone/my", "folder/train"):
+        path = (tmp_path / name).with_suffix(ending)
+        path.parent.mkdir(exist_ok=True)
+        getattr(table, f"to_{kind}")(str(path), **options)
+        found = read(path if name == "tickets" else path.parent)
+        assert found.train == {"text": TEXTS, "pair": None, "label": LABELS}
+        assert (found.test["text"], found.test_split) == ([], "a fifth of train")
+        assert found.classes == ["bad", "good"]
+
+
+@pytest.mark.parametrize("names", ["train.csv eval.CSV", "data/train-0.csv x/test.csv notes.csv"])
+def test_files_are_found_by_name(names, tmp_path):
+    for path in (tmp_path / "films" / name for name in names.split()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines()))
+    found = read(tmp_path / "films")
+    assert found.train == found.test and found.test_split == "test"
+
+
+README = """---
+configs:
+- config_name: default
+  data_files: [{split: train, path: "%s"}, {split: test, path: "%s"}]
+---"""
+
+
+@pytest.mark.parametrize("path", ["../secret.csv", "{tmp}/secret.csv", "http://127.0.0.1:9/a.csv"])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_readme_names_no_files(path, beside, tmp_path, capsys, monkeypatch):
+    """Nothing in the folder runs or names other files, and nobody asks the network."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("asked the network"))
+    (tmp_path / "secret.csv").write_text("\n".join(lines()))
+    folder = files(tmp_path / "films", train_csv=lines() if beside else None)
+    (folder / "README.md").write_text(README % ((path.format(tmp=tmp_path),) * 2))
+    (folder / "films.py").write_text("raise SystemExit('code ran')\n")
+    if beside:
+        assert read(folder).train["text"] == TEXTS
+    else:
+        assert "needs train files" in refused(capsys, read, folder)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "inside", "pipe"])
+def test_links_that_leave_the_folder_are_not_followed(kind, tmp_path, capsys):
+    files(tmp_path / "out", train_csv=lines(), test_csv=None)
+    folder = files(tmp_path / "films")
+    name, target = {
+        "file": ("train.csv", "../out/train.csv"),
+        "folder": ("data", tmp_path / "out"),
+        "inside": ("train.csv", "test.csv"),
+        "pipe": ("train.csv", None),
+    }[kind]
+    (folder / name).symlink_to(target) if target else os.mkfifo(folder / name)
+    if kind == "inside":
+        assert read(folder).train["text"] == TEXTS
+    else:
+        error = (
+            "train.csv is a link to a file outside the folder" if kind == "file" else "needs train"
+        )
+        assert error in refused(capsys, read, folder)
+
+
+def test_the_hub_s_files_are_links_into_its_cache(tmp_path, monkeypatch):
+    """A download's folder is a snapshot with links to blobs; only our three data sets have one."""
+    cache = tmp_path / "datasets--stanfordnlp--imdb"
+    (cache / "snapshots" / "1" / "plain_text").mkdir(parents=True)
+    for name in ("train", "test", "unsupervised"):
+        write_rows(cache / "blobs", name, {"text": TEXTS, "label": LABELS})
+        link = cache / "snapshots" / "1" / "plain_text" / f"{name}-00000-of-00001.parquet"
+        link.symlink_to(f"../../../blobs/{name}.parquet")
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        return str(cache / "snapshots" / "1")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = read_examples("imdb", str(tmp_path / "no data"))
+    options = {"repo_type": "dataset", "allow_patterns": "plain_text/*.parquet"}
+    assert asked == [("stanfordnlp/imdb", options)] and found.test_split == "test"
+    assert found.train == found.test == {"text": TEXTS, "pair": None, "label": LABELS}
 
 
 # --------------------------------------------------------------------------------- what is refused
 
 
-TRAIN, TEST, DULL = "of the train split has", "of the test split has", ["bad", "dull", "good"]
-A, NUMBERS = lines(), ["text,label", *(f"{i},{i % 2}" for i in range(40))]
+TRAIN, TEST = "of the train split has", "of the test split has"
+A, HALF = lines(), [f"{text};{label}" for text, label in zip(TEXTS, LABELS, strict=True)]
 SWALLOWED = lines(row3=f'"{TEXTS[3]},{LABELS[3]}', row9=f'{TEXTS[9]}",{LABELS[9]}')
+OTHER_LINES = f"example 3 {TRAIN[:-4]} holds other lines in its text, from a lone double quote to"
 UNLABELLED = lines(labels=NAMES, row3=f"{TEXTS[3]},")
+NO_TRAIN = "needs train files (.parquet, .csv, .tsv, .json, .jsonl); it has"
+PAIR = {"test_sentence2": TEXTS, "test_text": None, "test_sentence1": TEXTS}
 REFUSED = [  # how the folder is made, what the line says
-    (write, {"sentence": TEXTS}, "train split has both text and sentence; drop or rename one"),
-    (write, {"labels": LABELS}, "train split has both label and labels; drop or rename one"),
-    (write, {"text_pair": TEXTS, "sentence2": TEXTS}, "has both text_pair and sentence2; drop or"),
-    (write, {"test_sentence2": TEXTS}, "of train and test only one has a second text"),
-    (write, {"sentence2": [*TEXTS[1:], None]}, f"row 39 {TRAIN} no text; fill it or drop the row"),
+    (write, PAIR, "of train and test only one has a second text"),
+    (write, {"text_pair": [*TEXTS[1:], None]}, f"39 {TRAIN} no text; fill it or drop the example"),
     (write, {"text": None, "review": TEXTS}, "split has the columns label, review; needed: text"),
     (write, {"test_label": None}, "test split has the columns text; needed: text (or sentence) an"),
-    (files, {"train_csv": A[1:]}, "needed: text (or sentence) and label; a CSV or TSV file names "),
-    (write, {"test_text": [None, *TEXTS[1:]]}, f"row 0 {TEST} no text; fill it or drop the row"),
-    (write, {"train_text": [*TEXTS[1:], " "]}, f"row 39 {TRAIN} no text; fill it or drop the row"),
-    (files, {"train_csv": lines(row3=",1")}, f"row 3 {TRAIN} no text; fill it or drop the row"),
-    (files, {"train_csv": NUMBERS}, f"row 0 {TRAIN} 0 for a text; wanted: words"),
-    (write, {"train_text": ["the film"] * 40}, "the train split has the same text in all rows"),
-    (files, {"train_csv": UNLABELLED}, f"row 3 {TRAIN} no label (empty or -1); fill it or drop th"),
-    (write, {"test_label": [*LABELS[1:], -1]}, f"row 39 {TEST} no label (empty or -1); fill it or"),
-    (write, {"label": [i / 2 for i in LABELS]}, f"row 0 {TRAIN} the label 0.0; wanted: 0, 1, … or"),
-    (write, {"label": [i > 0 for i in LABELS]}, f"row 0 {TRAIN} the label False; wanted: 0, 1, …"),
-    (write, {"label": [2 * i for i in LABELS]}, "has the labels 0, 2; wanted: at least two classe"),
-    (write, {"label": [0] * 40}, "train split has the labels 0; wanted: at least two classes, eac"),
-    (write, {"test_label": [i % 3 for i in range(40)]}, "has the label '2'; train has 0, 1"),
-    (named, {"train": None, "test": DULL}, "test split has the label 'dull'; train has bad, good"),
-    (named, {"train": DULL, "test": None}, "train split has the labels bad, good; wanted: at leas"),
-    (files, {"train_csv": SWALLOWED}, f"row 3 {TRAIN[:-4]} holds other rows in its text, from a l"),
-    (files, {"train_csv": lines(row3='"a,1')}, "cannot read the files in films (Error tokenizing"),
+    (files, {"train_csv": A[1:]}, "and label; a CSV file separates them by commas and names them"),
+    (files, {"train_csv": ["text;label", *HALF]}, "has the columns text;label; needed: text (or s"),
+    (files, {"train_csv": A[:1]}, "the train split has no examples"),
+    (write, {"test_text": [None, *TEXTS[1:]]}, f"example 0 {TEST} no text; fill it or drop the"),
+    (write, {"train_text": [*TEXTS[1:], " "]}, f"example 39 {TRAIN} no text; fill it or drop the"),
+    (files, {"train_csv": lines(row3=",1")}, f"example 3 {TRAIN} no text; fill it or drop the ex"),
+    (write, {"train_text": [*range(40)]}, f"example 0 {TRAIN} 0 for a text; wanted: words"),
+    (files, {"train_csv": UNLABELLED}, f"3 {TRAIN} no label (empty or -1); fill it or drop the"),
+    (files, {"train_csv": lines(row3=TEXTS[3])}, f"example 3 {TRAIN} no label (empty or -1); fill"),
+    (write, {"test_label": [*LABELS[1:], -1]}, f"39 {TEST} no label (empty or -1); fill it or"),
+    (write, {"label": [i / 2 for i in LABELS]}, f"0 {TRAIN} the label 0.0; wanted: 0, 1, … or"),
+    (write, {"label": [0] * 40}, "train split has the label 0 alone; wanted: two or more classes"),
+    (write, {"test_label": [i % 3 for i in range(40)]}, "has the label 2; train has 0, 1"),
+    (files, {"train_csv": SWALLOWED}, OTHER_LINES),
+    (files, {"train_csv": lines(row3='"a,1')}, OTHER_LINES),
     (files, {"train_csv": A, "train_old_csv": A}, "train.csv and train_old.csv would both be the"),
     (files, {"train_csv": A, "train_tsv": A}, "train.csv and train.tsv would both be the train sp"),
-    (files, {"train_csv": A, "test_csv": None}, "needs a train and a test file; found train"),
-    (write, {"test_text": [], "test_label": []}, "cannot read the files in films ("),
-    (files, {"test_csv": None}, "cannot read the files in films ("),
-    (files, {"train_parquet": ["torn"], "test_csv": None}, "cannot read the files in films (Parqu"),
+    (files, {}, f"{NO_TRAIN} test"),
+    (files, {"test_csv": None}, f"{NO_TRAIN} none"),
+    (write, {"test_text": [], "test_label": []}, "the test split has no examples"),
+    (files, {"train_parquet": ["torn"]}, "cannot read train.parquet; a text file must be in UTF-8"),
+    (
+        files,
+        {"train_json": ['[{"text": "a"']},
+        "cannot read train.json; a text file must be in UTF-8",
+    ),
+    (files, {"train_csv": ["text,label", "cin\udce9,0"]}, "must be in UTF-8 (UnicodeDecodeError"),
+    (files, {"train_jsonl": ["[1, 2]"]}, "train.jsonl: wanted: one list of objects, or one object"),
 ]
 
 
@@ -202,37 +319,31 @@ def test_what_cannot_be_used_is_one_line(make, changes, message, tmp_path, capsy
     assert error.startswith(f"--dataset {tmp_path / 'films'}: ") and message in error
 
 
-def test_an_empty_cell_among_labels_that_are_numbers(tmp_path, capsys):
-    files(tmp_path / "films", train_csv=lines(row3=f"{TEXTS[3]},"))
-    assert "row 3 of the train split has no label" in refused(capsys, read, tmp_path / "films")
-
-
-def test_running_text(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "split, spoiled, message",
+    [
+        ("train", [1, 2], "example 0 of the train split has 1 for a text; wanted: words"),
+        ("validation", None, "needs train and validation and test files (.parquet, .csv, .tsv, "),
+        (
+            "test",
+            ["a", None],
+            "example 1 of the test split has no text; fill it or drop the example",
+        ),
+        (None, None, None),
+    ],
+)
+def test_running_text(split, spoiled, message, tmp_path, capsys):
     """It is read as it is, blank lines and `<unk>` too; all three splits are needed, and whole."""
     texts = {name: ["", " the <unk> film \n", name] for name in ("train", "validation", "test")}
-    for split, spoiled, message in (
-        ("train", [1, 2], "row 0 of the train split has 1 for a text; wanted: words"),
-        ("validation", None, "needs a train, a validation and a test file; found train, test"),
-        ("test", ["a", None], "row 1 of the test split has no text; fill it or drop the row"),
-        (None, None, None),
-    ):
-        for name, column in (texts | {split: spoiled}).items():
-            if column:
-                write_rows(tmp_path / f"no {split}" / "wikitext2", name, {"text": column})
-        if split:
-            error = refused(capsys, read_rows, "wikitext2", str(tmp_path / f"no {split}"))
-            assert error == f"--data_dir {tmp_path / f'no {split}'}: {message}"
-    found = read_rows("wikitext2", str(tmp_path / "no None"))
-    assert [getattr(found, name)["text"] for name in texts] == list(texts.values())
-
-
-def test_running_text_may_come_as_csv(tmp_path):
-    folder = tmp_path / "wikitext2"
-    folder.mkdir()
-    for name in ("train", "validation", "test"):
-        (folder / f"{name}.csv").write_text(f'text\n"a film, in {name}"\nthe end\n')
-    found = read_rows("wikitext2", str(tmp_path))
-    assert found.test["text"] == ["a film, in test", "the end"]
+    for name, column in (texts | {split: spoiled}).items():
+        if column:
+            write_rows(tmp_path / "wikitext2", name, {"text": column})
+    if split:
+        error = refused(capsys, read_examples, "wikitext2", str(tmp_path))
+        assert error.startswith(f"--data_dir {tmp_path}: {message}")
+    else:
+        found = read_examples("wikitext2", str(tmp_path))
+        assert [getattr(found, name)["text"] for name in texts] == list(texts.values())
 
 
 # ---------------------------------------------------------------------------------------- the cut
@@ -254,37 +365,57 @@ def phrases(n, seed):
 def test_cut_of_phrases_by_text_search(size):
     """What is picked stands in no other row; the rest is what stands in no picked one."""
     texts = phrases(50, 0)
-    found = Rows({"text": texts, "pair": None}, None, None, None, "test", phrases=True)
-    plain = [f" {' '.join(text.split())} " for text in texts]
+    found = Examples({"text": texts, "pair": None}, None, None, None, "test")
+    plain = [f" {' '.join(text.split())} ".lower() for text in texts]
     whole = {a for a in plain if not any(a != b and a in b for b in plain)}
     assert len(whole) < len(set(plain)) / 2  # the data is what this test is about
     assert [plain[row] for row in found.whole] == sorted(whole, key=plain.index)
-    picked, rest = cut(found, range(len(texts)), size, torch.Generator().manual_seed(0))
+    picked, rest = found.cut(range(len(texts)), pick(size, 0))
     assert len(picked) == min(size, len(whole) // 2) and {plain[row] for row in picked} <= whole
     joined = "\n".join(plain[row] for row in picked)
     assert rest == [row for row in range(len(texts)) if plain[row] not in joined]
-    again, left = cut(found, rest, 3, torch.Generator().manual_seed(1))
+    again, left = found.cut(rest, pick(3, 1))
     assert set(again) | set(left) <= set(rest) and not set(again) & set(left)
 
 
-def test_cut_of_pairs():
-    """Rows are equal where both texts are, blanks aside; at most half are picked."""
-    columns = {"text": ["a", "a ", "a", "b", "b\n", "c"], "pair": ["x", "x", "y", "x", " x", "x"]}
-    found, kinds = Rows(columns, None, None, None, "test"), [0, 0, 1, 2, 2, 3]
-    for seed in range(9):
-        picked, rest = cut(found, range(6), 9, torch.Generator().manual_seed(seed))
-        gone = {kinds[row] for row in picked}
-        assert len(picked) == 3 and rest == [row for row in range(6) if kinds[row] not in gone]
+def pick(size, seed):
+    """A choice of `size` candidates, at most half of them."""
+    return lambda numbers: random.Random(seed).sample(numbers, min(size, len(numbers) // 2))
+
+
+@pytest.mark.parametrize("inside, phrases", [(9, False), (11, True)])
+def test_phrases_are_recognized_by_the_data(inside, phrases):
+    """A quarter of the texts stand word for word inside others: 10 of 40."""
+    texts = [f"{text} {WORDS[i % 30]} {i}" for i, text in enumerate(TEXTS[inside:])]
+    texts += [text.split(" ", 1)[1].upper() for text in texts[:inside]]
+    found = Examples({"text": texts, "pair": None}, None, None, None, "test")
+    assert (found.whole is not None) == phrases
+    if phrases:
+        assert found.whole == [*range(40 - inside)]
+    assert Examples({"text": texts, "pair": texts}, None, None, None, "test").whole is None
+
+
+def test_half_a_character_in_a_json_file(tmp_path):
+    """A lone surrogate, which JSON can hold and no tokenizer takes, is read as a question mark."""
+    rows = [
+        f'{{"text": "{text} \\ud83d", "label": {y}}}' for text, y in zip(TEXTS, LABELS, strict=True)
+    ]
+    found = read(files(tmp_path / "films", train_jsonl=rows))
+    assert found.train["text"] == [f"{text} ?" for text in TEXTS]
 
 
 def test_tokenizing_loses_nothing_between_its_thousands():
     tokenizer = tiny_tokenizer("bert")
     texts = [" ".join(["the", *WORDS[i % 7 : i % 11]]) for i in range(2345)]
     wanted = [tokenizer(*both)["input_ids"] for both in zip(texts, texts[::-1], strict=True)]
-    assert tokenize(texts, tokenizer, "train", texts[::-1]) == wanted
+    assert tokenize(texts, tokenizer, "train", texts[::-1])["input_ids"] == wanted
 
 
 SPELLED = "the [SEP] film [CLS] [MASK] [PAD]"
+
+
+def ids_of(texts, tokenizer):
+    return tokenize(texts, tokenizer, "train")["input_ids"]
 
 
 def test_special_tokens_inside_a_text_are_text(capsys):
@@ -292,16 +423,18 @@ def test_special_tokens_inside_a_text_are_text(capsys):
     tokenizer = tiny_tokenizer("distilbert")
     the, film, unknown = tokenizer.convert_tokens_to_ids(["the", "film", "[UNK]"])
     row = [the, *[unknown] * 3, film, *[unknown] * 9]  # `[`, `sep` and `]` are no words of its own
-    assert tokenize([SPELLED], tokenizer, "train") == [[2, *row, 3]]
+    assert ids_of([SPELLED], tokenizer) == [[2, *row, 3]]
     tokenizer.backend_tokenizer.normalizer = None
     tokenizer.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
     row = [the, unknown, film, *[unknown] * 3]
-    assert tokenize([SPELLED, "the"], tokenizer, "train") == [[2, *row, 3], [2, the, 3]]
-    ids, places = tokenize([SPELLED], tokenizer, "train", offsets=True)
-    assert ids == [row] and SPELLED[slice(*places[0][1])] == "[SEP]"
+    assert ids_of([SPELLED, "the"], tokenizer) == [[2, *row, 3], [2, the, 3]]
+    options = {"return_offsets_mapping": True, "add_special_tokens": False}
+    encoded = tokenize([SPELLED], tokenizer, "train", **options)
+    assert encoded["input_ids"] == [row]
+    assert SPELLED[slice(*encoded["offset_mapping"][0][1])] == "[SEP]"
     tokenizer.unk_token = None
     error = refused(capsys, tokenize, [SPELLED], tokenizer, "train")
-    assert error == "--model: its tokenizer has no way to read [SEP] as text"
+    assert error == "--model: its tokenizer cannot read [SEP] as text"
 
 
 ODD = ["🎬🍿😀", "это не кино", "第一部电影", "the " * 20_000, "x" * 10_000, "\x00", "good\x00bad"]
