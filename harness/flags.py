@@ -189,7 +189,7 @@ def parse_args(doc, file, add_args, argv=None):
             setattr(args, key, os.path.normpath(value))
     source = Path(args.dataset)
     if args.dataset not in known and not source.is_dir() and not is_data_file(source):
-        kinds = f"a folder, a file ({', '.join(ENDINGS)}) nor one of {', '.join(known)}"
+        kinds = f"a file ({', '.join(ENDINGS)}), a folder nor one of {', '.join(known)}"
         fail(f"--dataset {args.dataset}: neither {kinds}")
     args.model = args.model or ("demo" if args.dataset in DEMOS else "distilbert-base-uncased")
     args.max_length = args.max_length or LENGTHS.get(args.dataset, 256)

@@ -137,7 +137,7 @@ WRONG = {  # flags, what the line names
     "no abbreviation": (["--ran", 3], "--ran"),
     "data set": (
         ["--dataset", "nowhere"],
-        "--dataset nowhere: neither a file, a folder nor one of",
+        "--dataset nowhere: neither a file (.parquet, .csv, .tsv, .json, .jsonl), a folder nor",
     ),
     "model": (["--model", "/nowhere"], "--model /nowhere"),
     "name": (["--name", "a/b"], "--name 'a/b'"),
