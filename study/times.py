@@ -1,0 +1,270 @@
+"""What each method costs in time: training steps and inference, measured in turns in one process.
+
+    python study/times.py --dataset sst2 --model models/all-MiniLM-L6-v2
+    python study/times.py --dataset sst2 --model models/all-MiniLM-L6-v2 --peers --choices
+    python study/times.py --page                    write the tables of docs/speed.md
+
+Times of separate runs cannot be compared, because a machine drifts. Here all methods take turns, so
+drift hits all of them alike, and relative speeds are taken within a round. Run it on a machine that
+does nothing else; it refuses to start at a load above 0.5.
+
+A round of a method is a few training steps, and then inference. The steps take batches of the
+study's first epoch, evenly spaced by length, so that their mean stands for the epoch. Inference
+takes test examples, one at a time and 32 at a time, spaced in the same way: of the base, and of the
+adapter unmerged and merged. The flags of a run are those of study/run.sh for this data set and
+base; the scripts' defaults where it has none. Each round of a method is one line of JSON in
+study/times/<dataset>-<model>.jsonl, which study/times_page.py reads.
+
+--peers and --choices add what study/peers.py has.
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import baseline  # noqa: E402
+import common  # noqa: E402
+import contextual_lora  # noqa: E402
+import hira  # noqa: E402
+import hybrid  # noqa: E402
+import lora  # noqa: E402
+import qlora  # noqa: E402
+import sparse_lora  # noqa: E402
+from harness import batches, meters, models  # noqa: E402
+from harness.process import fail  # noqa: E402
+from study import peers, times_page  # noqa: E402
+
+METHODS = {  # name: script and its flags
+    "Head only": (baseline, []),
+    "Full fine-tuning": (baseline, ["--full"]),
+    "LoRA": (lora, []),
+    "QLoRA": (qlora, []),
+    "HiRA": (hira, []),
+    "Sparse LoRA": (sparse_lora, []),
+    "Contextual LoRA": (contextual_lora, []),
+    "QHiRA": (hybrid, ["--update", "hira"]),
+    "Sparse QLoRA": (hybrid, ["--update", "contextual"]),
+}
+
+
+@dataclass
+class Entry:
+    """A method or peer that is loaded and ready to be measured."""
+
+    batches: list  # the examples of each measured training step, as index tensors
+    train: Callable | None  # trains these batches once; returns seconds
+    infer: Callable | None  # returns a line's "inference"
+    flops: float = 0.0  # of the batches, 0 if unknown
+
+
+def study_flags(dataset, model):
+    """The flags of LoRA's first run in study/run.sh on this data set and base, if it has one."""
+    command = ["bash", ROOT / "study" / "run.sh", "--list"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for line in listed.splitlines():
+        _, script, *flags = shlex.split(line)
+        if script == "lora.py" and flags[:4] == ["--dataset", dataset, "--model", model]:
+            return flags
+    return ["--dataset", dataset, *(["--model", model] if model else [])]
+
+
+def first_run(args, name, folder):
+    """(the script of a method, its first run, how many learning rates each seed has)."""
+    script, flags = METHODS[name]
+    flags = [*args.flags, *flags, "--precision", args.precision, "--device", args.device]
+    flags += ["--out", folder]
+    parsed = script.parse_args(script.__doc__, script.__file__, script.add_args, flags)
+    script.choose_device(parsed)
+    return script, next(script.runs(parsed)), len(parsed.lr)
+
+
+def evenly(groups, lengths, n):
+    """n of the groups of examples, evenly spaced by padded tokens, from few to many."""
+    ordered = sorted(groups, key=lambda group: len(group) * int(lengths[group].max()))
+    n = min(n, len(ordered))
+    return [ordered[int((i + 0.5) * len(ordered) / n)] for i in range(n)]
+
+
+def ours(args, name, data, folder):
+    """The Entry of one of METHODS or of peers.REPLACED."""
+    script, run, _ = first_run(args, name.split(", ")[0], folder)
+    patch = contextlib.nullcontext()
+    if name in peers.REPLACED:
+        patch = mock.patch.object(*peers.REPLACED[name])
+    with patch:
+        base = common.load_base(run, data)
+        method = script.adapt(run, base)
+        lengths, size = data.train.lengths, batches.global_batch(run)
+        groups = batches.length_grouped_batches(lengths, size, run.seed, 0)
+        chosen = evenly(groups, lengths, args.steps)
+        cut = functools.partial(batches.micro_batches, run, lengths)
+        steps = [cut(group, run.batch_size, method.tokens_together) for group in chosen]
+        common.place(run, base)
+        flops = common.count_flops(run, data, base, method, steps)["total"]
+
+    def few_batches(run, data, first, total):
+        """The chosen batches, from the middle of the run on: contextual LoRA begins dense.
+
+        The longest comes before them, uncounted: it warms up.
+        """
+        targets = batches.predicted_tokens(data, data.train, run.seed, 0)
+        for i, examples in enumerate([chosen[-1], *chosen]):
+            yield max(1, min(total - 1, total // 2 + i)), examples, targets
+
+    def train():
+        with patch, mock.patch.object(common, "training_batches", few_batches):
+            laps = common.train(run, data, base, method).laps
+        if len(laps) != len(chosen) + 1:
+            raise RuntimeError(f"{name}: only {len(laps)} of {len(chosen) + 1} steps were trained")
+        return sum(laps[1:])
+
+    infer = functools.partial(time_inference, run, data, base, args.steps)
+    if name == peers.PLAIN:
+        return Entry([], None, infer)
+    return Entry(chosen, train, infer if name in METHODS else None, flops)
+
+
+@torch.inference_mode()
+def time_inference(run, data, base, n):
+    """{"base", "unmerged", "merged": {"single_ms": […], "examples", "seconds"}}.
+
+    Milliseconds of n test examples, one at a time; examples and seconds of n / 4 batches of 32.
+    """
+    model, lengths, clock = base.model.eval(), data.test.lengths, meters.Clock(run.device)
+    targets, ordered = batches.predicted_tokens(data, data.test, "test"), lengths.argsort()
+    states, numbers = {"base": contextlib.nullcontext()}, {}
+    if models.stand_ins(model):
+        plain = functools.partial(models.as_plain_linears, model, dtype=common.frozen_dtype(run))
+        states = {"base": plain(merged=False), "unmerged": contextlib.nullcontext()}
+        states["merged"] = plain(merged=True)
+
+    def laps(groups):
+        for examples in [groups[-1], *groups]:  # the first one warms up
+            batch = batches.collate(data, data.test, examples, targets).to(run.device)
+            clock.start()
+            with common.autocast(run):
+                common.forward(base, batch)
+            clock.stop()
+        return clock.read()[1:]
+
+    singles = evenly(ordered.split(1), lengths, n)
+    many = evenly(ordered.split(32), lengths, math.ceil(n / 4))
+    for name, state in states.items():
+        with state:
+            numbers[name] = {"single_ms": [1000 * seconds for seconds in laps(singles)]}
+            numbers[name] |= {"examples": sum(map(len, many)), "seconds": sum(laps(many))}
+    return numbers
+
+
+def product_rate(run, width):
+    """Floating-point operations per second of one product of a feed-forward layer's shape."""
+    rows = run.batch_size * run.max_length if "cuda" in run.device else 1024  # as micro_batches
+    options = {"dtype": common.frozen_dtype(run), "device": run.device}
+    x, weight = (torch.randn(n, width, **options) for n in (rows, 4 * width))
+    clock = meters.Clock(run.device)
+    for _ in range(20):
+        clock.start()
+        for _ in range(5):
+            x @ weight.T
+        clock.stop()
+    return 5 * 2 * rows * weight.numel() / min(clock.read())
+
+
+def describe_machine(run):
+    """What the times depend on, for a line."""
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    name = torch.cuda.get_device_name() if "cuda" in run.device else name and name[1]
+    machine = {"name": name or platform.machine(), "device": run.device.split(":")[0]}
+    machine |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return machine | {"precision": run.precision, "torch": torch.__version__.split("+")[0]}
+
+
+def measure(args):
+    """Append a line per round and method to the file; returns its path."""
+    load = os.getloadavg()[0]
+    if load > 0.5 and not args.busy:
+        fail(f"the load is {load:.2f}: wait until nothing else runs, or try it out with --busy")
+    args.flags = study_flags(args.dataset, args.model)
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with tempfile.TemporaryDirectory() as folder, quiet:
+        _, run, learning_rates = first_run(args, "LoRA", folder)
+        data = common.load_data(run)
+        names = [*METHODS, *(peers.CHOICES if args.choices else [])]
+        names += [peers.PLAIN] if args.peers else []
+        entries = {name: ours(args, name, data, folder) for name in names}
+        lengths, width = data.train.lengths, common.load_tokenizer(run.model)[1].hidden_size
+        for name in ("LoRA", "QLoRA", "HiRA") if args.peers else ():
+            for sampler in ("grouped", "default"):
+                _, peer_run, _ = first_run(args, name, folder)
+                choose = functools.partial(evenly, lengths=lengths, n=args.steps)
+                peer = peers.peft_trainer(peer_run, data, name, sampler, choose)
+                entries[f"{name} / PEFT, {sampler}"] = Entry(*peer, None)
+        session = {"dataset": args.dataset, "model": Path(run.model).name, "busy": args.busy}
+        session |= {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "load": load}
+        session |= {"extra": [key for key in ("peers", "choices") if vars(args)[key]]}
+        session |= {"machine": describe_machine(run), "learning_rates": learning_rates}
+        session["epoch_steps"] = math.ceil(len(lengths) / batches.global_batch(run))
+        session["run_steps"] = batches.count_steps(run, data)
+        path = args.out / f"{Path(args.dataset).name}-{Path(run.model).name}.jsonl"
+        args.out.mkdir(parents=True, exist_ok=True)
+        for number in range(args.rounds):
+            rate = product_rate(run, width)
+            for name, entry in entries.items():
+                line = session | {"method": name, "round": number, "product_rate": rate}
+                if entry.train:
+                    examples = torch.cat(entry.batches)
+                    line |= {"seconds": entry.train(), "steps": len(entry.batches)}
+                    line |= {"examples": len(examples), "tokens": int(lengths[examples].sum())}
+                    line["flops"] = entry.flops
+                if entry.infer:
+                    line["inference"] = entry.infer()
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            print(f"round {number + 1} of {args.rounds}", file=sys.stderr)
+    return path
+
+
+def main(argv=None):
+    """Measure, or write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--dataset", default="sst2")
+    add("--model", help="as in study/run.sh, so that the study's flags are found")
+    add("--rounds", type=int, default=7)
+    add("--steps", type=int, default=16, help="training steps and single examples of a round")
+    add("--device", default="auto")
+    add("--precision", default="auto")
+    add("--peers", action="store_true", help="add PEFT with transformers' Trainer")
+    add("--choices", action="store_true", help="add our methods with one choice switched off")
+    add("--busy", action="store_true", help="start at any load; the lines are never published")
+    add("--out", type=Path, default=ROOT / "study" / "times", help="folder of the .jsonl files")
+    add("--page", action="store_true", help="write the tables of docs/speed.md; measure nothing")
+    args = parser.parse_args(argv)
+    return times_page.write(args.out) if args.page else measure(args)
+
+
+if __name__ == "__main__":
+    main()
