@@ -54,6 +54,7 @@ CHOICES = {  # name: what is replaced, and by what
     "HiRA, two products": (hira.HiRALinear, "forward", two_products),
     "QLoRA, weights kept": (qlora.NF4Linear, "forward", weights_kept),
 }
+PEERS = [(name, kind) for name in ("LoRA", "QLoRA", "HiRA") for kind in ("grouped", "default")]
 PLAIN = "Head only, in transformers"  # its own model, for inference alone
 REPLACED = CHOICES | {PLAIN: (common, "compute_output_positions_only", leave_uncut)}
 

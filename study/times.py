@@ -9,13 +9,11 @@ drift hits all of them alike, and relative speeds are taken within a round. Run 
 does nothing else; it refuses to start at a load above 0.5.
 
 A round of a method is a few training steps, and then inference. The steps take batches of the
-study's first epoch, evenly spaced by length, so that their mean stands for the epoch. Inference
-takes test examples, one at a time and 32 at a time, spaced in the same way: of the base, and of the
-adapter unmerged and merged. The flags of a run are those of study/run.sh for this data set and
-base; the scripts' defaults where it has none. Each round of a method is one line of JSON in
-study/times/<dataset>-<model>.jsonl, which study/times_page.py reads.
-
---peers and --choices add what study/peers.py has.
+study's first epoch, evenly spaced by length: their mean stands for the epoch. Contextual LoRA's
+steps are all sparse, as 95 % of a run's are. Inference takes test examples, one and 32 at a time,
+spaced in the same way: of the base, and of the adapter unmerged and merged. Flags are those of
+study/run.sh for this data set and base; the scripts' defaults where it has none. A line of JSON in
+study/times/<dataset>-<model>.jsonl is a round of a method; study/times_page.py reads them.
 """
 
 import argparse
@@ -33,11 +31,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,21 +52,14 @@ from harness import batches, meters, models  # noqa: E402
 from harness.process import fail  # noqa: E402
 from study import peers, times_page  # noqa: E402
 
-METHODS = {  # name: script and its flags
-    "Head only": (baseline, []),
-    "Full fine-tuning": (baseline, ["--full"]),
-    "LoRA": (lora, []),
-    "QLoRA": (qlora, []),
-    "HiRA": (hira, []),
-    "Sparse LoRA": (sparse_lora, []),
-    "Contextual LoRA": (contextual_lora, []),
-    "QHiRA": (hybrid, ["--update", "hira"]),
-    "Sparse QLoRA": (hybrid, ["--update", "contextual"]),
-}
+METHODS = {"Head only": (baseline, []), "Full fine-tuning": (baseline, ["--full"])}  # script, flags
+METHODS |= {"LoRA": (lora, []), "QLoRA": (qlora, []), "HiRA": (hira, [])}
+METHODS |= {"Sparse LoRA": (sparse_lora, []), "Contextual LoRA": (contextual_lora, [])}
+METHODS |= {"QHiRA": (hybrid, ["--update", "hira"])}
+METHODS |= {"Sparse QLoRA": (hybrid, ["--update", "contextual"])}
 
 
-@dataclass
-class Entry:
+class Entry(NamedTuple):
     """A method or peer that is loaded and ready to be measured."""
 
     batches: list  # the examples of each measured training step, as index tensors
@@ -89,14 +79,12 @@ def study_flags(dataset, model):
     return ["--dataset", dataset, *(["--model", model] if model else [])]
 
 
-def first_run(args, name, folder):
+def first_run(flags, name):
     """(the script of a method, its first run, how many learning rates each seed has)."""
-    script, flags = METHODS[name]
-    flags = [*args.flags, *flags, "--precision", args.precision, "--device", args.device]
-    flags += ["--out", folder]
-    parsed = script.parse_args(script.__doc__, script.__file__, script.add_args, flags)
-    script.choose_device(parsed)
-    return script, next(script.runs(parsed)), len(parsed.lr)
+    script, more = METHODS[name]
+    args = script.parse_args(script.__doc__, script.__file__, script.add_args, [*flags, *more])
+    script.choose_device(args)
+    return script, next(script.runs(args)), len(args.lr)
 
 
 def evenly(groups, lengths, n):
@@ -106,28 +94,24 @@ def evenly(groups, lengths, n):
     return [ordered[int((i + 0.5) * len(ordered) / n)] for i in range(n)]
 
 
-def ours(args, name, data, folder):
-    """The Entry of one of METHODS or of peers.REPLACED."""
-    script, run, _ = first_run(args, name.split(", ")[0], folder)
-    patch = contextlib.nullcontext()
-    if name in peers.REPLACED:
-        patch = mock.patch.object(*peers.REPLACED[name])
+def ours(flags, name, data, n):
+    """The Entry of one of METHODS or of peers.REPLACED, on n batches."""
+    script, run, _ = first_run(flags, name.split(", ")[0])
+    replaced = peers.REPLACED.get(name)
+    patch = mock.patch.object(*replaced) if replaced else contextlib.nullcontext()
     with patch:
         base = common.load_base(run, data)
         method = script.adapt(run, base)
         lengths, size = data.train.lengths, batches.global_batch(run)
         groups = batches.length_grouped_batches(lengths, size, run.seed, 0)
-        chosen = evenly(groups, lengths, args.steps)
+        chosen = evenly(groups, lengths, n)
         cut = functools.partial(batches.micro_batches, run, lengths)
         steps = [cut(group, run.batch_size, method.tokens_together) for group in chosen]
         common.place(run, base)
         flops = common.count_flops(run, data, base, method, steps)["total"]
 
     def few_batches(run, data, first, total):
-        """The chosen batches, from the middle of the run on: contextual LoRA begins dense.
-
-        The longest comes before them, uncounted: it warms up.
-        """
+        """The longest batch, which warms up, and all of them, in the middle of the run."""
         targets = batches.predicted_tokens(data, data.train, run.seed, 0)
         for i, examples in enumerate([chosen[-1], *chosen]):
             yield max(1, min(total - 1, total // 2 + i)), examples, targets
@@ -135,11 +119,10 @@ def ours(args, name, data, folder):
     def train():
         with patch, mock.patch.object(common, "training_batches", few_batches):
             laps = common.train(run, data, base, method).laps
-        if len(laps) != len(chosen) + 1:
-            raise RuntimeError(f"{name}: only {len(laps)} of {len(chosen) + 1} steps were trained")
+        assert len(laps) == len(chosen) + 1, f"{name}: the loss became NaN or infinite"
         return sum(laps[1:])
 
-    infer = functools.partial(time_inference, run, data, base, args.steps)
+    infer = functools.partial(time_inference, run, data, base, n)
     if name == peers.PLAIN:
         return Entry([], None, infer)
     return Entry(chosen, train, infer if name in METHODS else None, flops)
@@ -151,7 +134,7 @@ def time_inference(run, data, base, n):
 
     Milliseconds of n test examples, one at a time; examples and seconds of n / 4 batches of 32.
     """
-    model, lengths, clock = base.model.eval(), data.test.lengths, meters.Clock(run.device)
+    model, clock, lengths = base.model.eval(), meters.Clock(run.device), data.test.lengths
     targets, ordered = batches.predicted_tokens(data, data.test, "test"), lengths.argsort()
     states, numbers = {"base": contextlib.nullcontext()}, {}
     if models.stand_ins(model):
@@ -193,11 +176,12 @@ def product_rate(run, width):
 
 def describe_machine(run):
     """What the times depend on, for a line."""
-    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    name = torch.cuda.get_device_name() if "cuda" in run.device else name and name[1]
-    machine = {"name": name or platform.machine(), "device": run.device.split(":")[0]}
-    machine |= {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    return machine | {"precision": run.precision, "torch": torch.__version__.split("+")[0]}
+    cpus = Path("/proc/cpuinfo")  # on Linux
+    names = re.findall(r"model name\s*: (.*)", cpus.read_text() if cpus.exists() else "")
+    name = torch.cuda.get_device_name() if "cuda" in run.device else [*names, platform.machine()][0]
+    machine = {"name": name, "device": run.device.split(":")[0], "cores": os.cpu_count()}
+    machine |= {"threads": torch.get_num_threads(), "precision": run.precision}
+    return machine | {"torch": torch.__version__.split("+")[0]}
 
 
 def measure(args):
@@ -205,38 +189,36 @@ def measure(args):
     load = os.getloadavg()[0]
     if load > 0.5 and not args.busy:
         fail(f"the load is {load:.2f}: wait until nothing else runs, or try it out with --busy")
-    args.flags = study_flags(args.dataset, args.model)
-    quiet = contextlib.redirect_stdout(io.StringIO())
-    with tempfile.TemporaryDirectory() as folder, quiet:
-        _, run, learning_rates = first_run(args, "LoRA", folder)
+    flags = study_flags(args.dataset, args.model)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        flags += ["--precision", args.precision, "--device", args.device, "--out", folder]
+        _, run, learning_rates = first_run(flags, "LoRA")
         data = common.load_data(run)
         names = [*METHODS, *(peers.CHOICES if args.choices else [])]
         names += [peers.PLAIN] if args.peers else []
-        entries = {name: ours(args, name, data, folder) for name in names}
+        entries = {name: ours(flags, name, data, args.steps) for name in names}
         lengths, width = data.train.lengths, common.load_tokenizer(run.model)[1].hidden_size
-        for name in ("LoRA", "QLoRA", "HiRA") if args.peers else ():
-            for sampler in ("grouped", "default"):
-                _, peer_run, _ = first_run(args, name, folder)
-                choose = functools.partial(evenly, lengths=lengths, n=args.steps)
-                peer = peers.peft_trainer(peer_run, data, name, sampler, choose)
-                entries[f"{name} / PEFT, {sampler}"] = Entry(*peer, None)
-        session = {"dataset": args.dataset, "model": Path(run.model).name, "busy": args.busy}
+        choose = functools.partial(evenly, lengths=lengths, n=args.steps)
+        for name, sampler in peers.PEERS if args.peers else ():
+            peer = peers.peft_trainer(first_run(flags, name)[1], data, name, sampler, choose)
+            entries[f"{name} / PEFT, {sampler}"] = Entry(*peer, None)
+        dataset, model = (Path(name).name for name in (args.dataset, run.model))
+        session = {"dataset": dataset, "model": model, "busy": args.busy}
         session |= {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "load": load}
-        session |= {"extra": [key for key in ("peers", "choices") if vars(args)[key]]}
         session |= {"machine": describe_machine(run), "learning_rates": learning_rates}
+        session["extra"] = [key for key in ("peers", "choices") if vars(args)[key]]
         session["epoch_steps"] = math.ceil(len(lengths) / batches.global_batch(run))
         session["run_steps"] = batches.count_steps(run, data)
-        path = args.out / f"{Path(args.dataset).name}-{Path(run.model).name}.jsonl"
+        path = args.out / f"{dataset}-{model}.jsonl"
         args.out.mkdir(parents=True, exist_ok=True)
         for number in range(args.rounds):
             rate = product_rate(run, width)
             for name, entry in entries.items():
                 line = session | {"method": name, "round": number, "product_rate": rate}
                 if entry.train:
-                    examples = torch.cat(entry.batches)
-                    line |= {"seconds": entry.train(), "steps": len(entry.batches)}
+                    examples, steps = torch.cat(entry.batches), len(entry.batches)
+                    line |= {"seconds": entry.train(), "steps": steps, "flops": entry.flops}
                     line |= {"examples": len(examples), "tokens": int(lengths[examples].sum())}
-                    line["flops"] = entry.flops
                 if entry.infer:
                     line["inference"] = entry.infer()
                 with path.open("a", encoding="utf-8") as file:
@@ -247,9 +229,8 @@ def measure(args):
 
 def main(argv=None):
     """Measure, or write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--dataset", default="sst2")
     add("--model", help="as in study/run.sh, so that the study's flags are found")
@@ -257,8 +238,8 @@ def main(argv=None):
     add("--steps", type=int, default=16, help="training steps and single examples of a round")
     add("--device", default="auto")
     add("--precision", default="auto")
-    add("--peers", action="store_true", help="add PEFT with transformers' Trainer")
-    add("--choices", action="store_true", help="add our methods with one choice switched off")
+    add("--peers", action="store_true", help="add PEFT with the Trainer (study/peers.py)")
+    add("--choices", action="store_true", help="add each of our choices switched off (the same)")
     add("--busy", action="store_true", help="start at any load; the lines are never published")
     add("--out", type=Path, default=ROOT / "study" / "times", help="folder of the .jsonl files")
     add("--page", action="store_true", help="write the tables of docs/speed.md; measure nothing")
