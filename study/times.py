@@ -4,9 +4,8 @@
     python study/times.py --dataset sst2 --model models/all-MiniLM-L6-v2 --peers --choices
     python study/times.py --page                    write the tables of docs/speed.md
 
-Times of separate runs cannot be compared, because a machine drifts. Here all methods take turns, so
-drift hits all of them alike, and relative speeds are taken within a round. Run it on a machine that
-does nothing else; it refuses to start at a load above 0.5.
+Times of separate runs cannot be compared, because a machine drifts. Here all methods take turns:
+drift hits all alike, and a relative speed is of one round. It refuses to start at a load above 0.5.
 
 A round of a method is a few training steps, and then inference. The steps take batches of the
 study's first epoch, evenly spaced by length: their mean stands for the epoch. Contextual LoRA's

@@ -55,4 +55,5 @@ def test_a_whole_call(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in times.main(words).read_text().splitlines()]
     assert [line["method"] for line in lines] == [*three]
     assert all(line["busy"] and line["seconds"] > 0 and line["examples"] == 32 for line in lines)
+    assert "8000" in times.study_flags("sst2", "models/all-MiniLM-L6-v2")
     assert len(lines[0]["inference"]) == 1 and len(lines[2]["inference"]) == 3
