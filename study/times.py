@@ -101,12 +101,17 @@ def ours(flags, name, data, n):
     with patch:
         base = common.load_base(run, data)
         method = script.adapt(run, base)
+        common.place(run, base)
+        infer = functools.partial(time_inference, run, data, base, n)
+        if name == peers.PLAIN or not common.trained_tensors(
+            base.model
+        ):  # an LM without a new head
+            return Entry([], None, infer)
         lengths, size = data.train.lengths, batches.global_batch(run)
         groups = batches.length_grouped_batches(lengths, size, run.seed, 0)
         chosen = evenly(groups, lengths, n)
         cut = functools.partial(batches.micro_batches, run, lengths)
         steps = [cut(group, run.batch_size, method.tokens_together) for group in chosen]
-        common.place(run, base)
         flops = common.count_flops(run, data, base, method, steps)["total"]
 
     def few_batches(run, data, first, total):
@@ -121,9 +126,6 @@ def ours(flags, name, data, n):
         assert len(laps) == len(chosen) + 1, f"{name}: the loss became NaN or infinite"
         return sum(laps[1:])
 
-    infer = functools.partial(time_inference, run, data, base, n)
-    if name == peers.PLAIN:
-        return Entry([], None, infer)
     return Entry(chosen, train, infer if name in METHODS else None, flops)
 
 

@@ -116,7 +116,7 @@ def section(lines):
     """A measurement in Markdown: how it was made, training, inference."""
     first = lines[0]
     machine, rounds = first["machine"], len({line["round"] for line in lines})
-    where = f"{machine['name']}, {machine['cores']} cores, {machine['threads']} threads"
+    where = f"{machine['name']}, cores: {machine['cores']}, threads: {machine['threads']}"
     rate = np.median([line["product_rate"] for line in lines]) / 1e9
     text = f"{where}, {machine['precision']}, torch {machine['torch']}; {first['started']}, "
     text += f"{rounds} rounds; {figure(rate)} GFLOP/s in one matrix product. Tuning is "
