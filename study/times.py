@@ -103,10 +103,8 @@ def ours(flags, name, data, n):
         method = script.adapt(run, base)
         common.place(run, base)
         infer = functools.partial(time_inference, run, data, base, n)
-        if name == peers.PLAIN or not common.trained_tensors(
-            base.model
-        ):  # an LM without a new head
-            return Entry([], None, infer)
+        if name == peers.PLAIN or not common.trained_tensors(base.model):
+            return Entry([], None, infer)  # also a language model's head, which no checkpoint lacks
         lengths, size = data.train.lengths, batches.global_batch(run)
         groups = batches.length_grouped_batches(lengths, size, run.seed, 0)
         chosen = evenly(groups, lengths, n)
@@ -230,8 +228,7 @@ def measure(args):
 
 def main(argv=None):
     """Measure, or write the page."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--dataset", default="sst2")
     add("--model", help="as in study/run.sh, so that the study's flags are found")
