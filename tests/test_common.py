@@ -430,6 +430,7 @@ def test_metrics_against_counting(monkeypatch, labels, predictions, classes):
     data.train = data.dev = data.test = split
     data.official = n - 1
     run = Namespace(device="cpu", precision="fp32", eval_batch_size=5, batch_size=5, lr=1.0, seed=0)
+    run.test_only = False
     run.name, run.eval_only = "planted", None
     result = common.evaluate(
         run, data, common.Base(torch.nn.Identity(), [], "", 0, "classification")
