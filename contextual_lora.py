@@ -16,29 +16,27 @@ Channels are picked once a step, on the first 1,024 tokens of the global batch, 
 its parts: --batch_size, --grad_accum and the device change no result. Under torchrun each process
 picks for its own examples.
 
-Departures from the paper, which treats decoders of 7B weights and more: all about encoders is our
-extrapolation. [CLS], or the masked tokens that are scored, stay dense, as the paper keeps a
-decoder's output tokens. The paper predicts which channels matter with a rank-8 SVD of the frozen
-weight (--estimator svd); on a small encoder that picks little better than chance, so by default the
-score is exact, on a random sample of tokens (--estimator sample). Attention projections stay dense:
-slicing them gains little. The last block is left unsliced where it computes the output tokens
-alone. Which layers are sliced follows the paper's GLUE map, whose --channel_sparsity is 0.95;
---dense_layers moves where it begins.
+Departures from the paper, which treats decoders of 7B weights and more: [CLS], or the masked tokens
+that are scored, stay dense, as a decoder's output tokens do there. The paper predicts which
+channels matter with a rank-8 SVD of the frozen weight (--estimator svd); on a small encoder that
+picks little better than chance, so by default the score is exact, on a random sample of tokens.
+Attention stays dense, and the last block where it computes the output tokens alone. Which layers
+are sliced follows the paper's GLUE map, whose --channel_sparsity is 0.95.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import Method, evaluate, load_base, load_data, measure, replace, train
+import lora
+from common import evaluate, load_base, load_data, measure, train
 from harness.batches import leading_examples
 from harness.export import export
-from harness.flags import adapter_args, count_or_zero, fraction, parse_args, positive, runs
-from harness.models import activation, feed_forward_layers, find_targets, is_linear
+from harness.flags import count_or_zero, fraction, parse_args, runs
+from harness.models import activation, feed_forward_layers, is_linear
 from harness.process import choose_device, fail, join_process_group
 from harness.splits import generator_for
 from harness.store import load_adapter, save_result
-from lora import LoRALinear
 from plan import plan
 
 CANDIDATES = 1024  # tokens at the start of a batch that a sample is drawn from
@@ -47,10 +45,7 @@ SAMPLED = 256  # tokens in the sample (study/claims/channel_energy.py: 64 to all
 
 def add_args(parser):
     """Add this method's flags and defaults."""
-    adapter_args(parser)
-    add = parser.add_argument
-    add("--alpha", type=positive, default=16.0, help="The update is scaled by alpha/rank.")
-    add("--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input.")
+    lora.add_args(parser)
     slicing_args(parser)
 
 
@@ -272,18 +267,12 @@ def slice_blocks(run, base):
 
 
 def adapt(run, base):
-    """Adapt every target layer of base.model, in place; returns the Method."""
-    targets = find_targets(base.model, run.targets)
-    replace(base.model, targets, lambda layer: LoRALinear(layer, run.rank, run.alpha, run.dropout))
-    peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
-    peft |= {"lora_alpha": run.alpha, "lora_dropout": run.dropout}
+    """Adapt every target layer as LoRA does, slice the feed-forward layers; returns the Method."""
+    method = lora.adapt(run, base)
     step, kept = slice_blocks(run, base)
-    return Method(
-        peft,
-        tokens_together=CANDIDATES,
-        before_step=step.begin,
-        report=lambda: {"channels_kept": kept},
-    )
+    method.tokens_together, method.before_step = CANDIDATES, step.begin
+    method.report = lambda: {"channels_kept": kept}
+    return method
 
 
 def main(argv=None):

@@ -21,7 +21,7 @@ from torch import nn
 
 from common import Method, evaluate, load_base, load_data, measure, replace, train
 from harness.export import export
-from harness.flags import adapter_args, fraction, parse_args, runs
+from harness.flags import adapter_args, parse_args, runs
 from harness.models import AdapterLayer, compute_dtype, find_targets, weight_of
 from harness.process import choose_device, join_process_group
 from harness.store import load_adapter, save_result
@@ -32,9 +32,6 @@ def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
     parser.set_defaults(lr=[2e-2])  # nothing is divided by r and there is no α, as in the paper
-    parser.add_argument(
-        "--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input."
-    )
 
 
 # -------------------------------------------------------------------------------------- the maths

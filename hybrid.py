@@ -20,7 +20,7 @@ import contextual_lora
 import hira
 from common import evaluate, load_base, load_data, measure, train
 from harness.export import export
-from harness.flags import adapter_args, fraction, parse_args, positive, refuse_idle, runs
+from harness.flags import adapter_args, parse_args, positive, refuse_idle, runs
 from harness.process import choose_device, join_process_group
 from harness.store import load_adapter, save_result
 from plan import plan
@@ -44,20 +44,10 @@ def add_args(parser):
     adapter_args(parser)
     parser.set_defaults(lr=RATES["hira"])
     add = parser.add_argument
-    add(
-        "--update",
-        choices=[*RATES],
-        default="hira",
-        action=Update,
-        help="The method that adapts the 4-bit base.",
-    )
-    add(
-        "--alpha",
-        type=positive,
-        default=16.0,
-        help="contextual: the update is scaled by alpha/rank.",
-    )
-    add("--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input.")
+    update = "The method that adapts the 4-bit base."
+    add("--update", choices=[*RATES], default="hira", action=Update, help=update)
+    scaling = "contextual: the update is scaled by alpha/rank."
+    add("--alpha", type=positive, default=16.0, help=scaling)
     contextual_lora.slicing_args(parser)
     nf4_args(parser)
 

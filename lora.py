@@ -19,7 +19,7 @@ from torch import nn
 
 from common import Method, evaluate, load_base, load_data, measure, replace, train
 from harness.export import export
-from harness.flags import adapter_args, fraction, parse_args, positive, runs
+from harness.flags import adapter_args, parse_args, positive, runs
 from harness.models import AdapterLayer, find_targets, weight_of
 from harness.process import choose_device, join_process_group
 from harness.store import load_adapter, save_result
@@ -29,12 +29,8 @@ from plan import plan
 def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
-    parser.add_argument(
-        "--alpha", type=positive, default=16.0, help="The update is scaled by alpha/rank."
-    )
-    parser.add_argument(
-        "--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input."
-    )
+    scaling = "The update is scaled by alpha/rank."
+    parser.add_argument("--alpha", type=positive, default=16.0, help=scaling)
 
 
 # -------------------------------------------------------------------------------------- the maths

@@ -30,7 +30,7 @@ from torch import nn
 from common import Method, evaluate, load_base, load_data, measure, replace, train
 from harness import models
 from harness.export import export
-from harness.flags import adapter_args, fraction, parse_args, positive, runs
+from harness.flags import adapter_args, parse_args, positive, runs
 from harness.models import AdapterLayer, StandIn, compute_dtype, features, weight_of
 from harness.process import choose_device, fail, join_process_group, say
 from harness.store import load_adapter, save_result
@@ -40,12 +40,8 @@ from plan import plan
 def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
-    parser.add_argument(
-        "--alpha", type=positive, default=16.0, help="The update is scaled by alpha/rank."
-    )
-    parser.add_argument(
-        "--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input."
-    )
+    scaling = "The update is scaled by alpha/rank."
+    parser.add_argument("--alpha", type=positive, default=16.0, help=scaling)
     nf4_args(parser)
 
 

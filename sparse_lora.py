@@ -34,7 +34,6 @@ def add_args(parser):
     adapter_args(parser)
     add = parser.add_argument
     add("--alpha", type=positive, default=16.0, help="The update is scaled by alpha/rank.")
-    add("--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input.")
     add("--sparsity", type=fraction, default=0.5, help="The fraction of A and B that ends as zero.")
     penalty = "An L1 penalty, relative to Adam's step; 0.03 to 1 are useful."
     add("--penalty", type=non_negative, default=0.0, help=penalty)

@@ -71,11 +71,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def adapter_args(parser):
-    """Add the two flags that every adapter has and the baseline has not."""
+    """Add the flags that every adapter has and the baseline has not."""
     add = parser.add_argument
     add("--rank", type=count, default=8, help="The width r of the matrices A and B.")
     targets = "The linear layers to adapt, by the end of their names (default: query and value)."
     add("--targets", nargs="+", metavar="NAME", help=targets)
+    add("--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input.")
 
 
 def shared_args(parser):
