@@ -268,9 +268,6 @@ def settings(args):
             path = os.path.normpath(flags[key])
             flags[f"{key} folder"] = hashlib.sha256(path.encode()).hexdigest()[:8]
             flags[key] = Path(path).name
-    stem, ending = os.path.splitext(flags["dataset"])  # a file is known by its stem
-    if ending.lower() in ENDINGS and stem not in (*HUB, *DEMOS):
-        flags["dataset"] = stem
     return flags
 
 
@@ -279,7 +276,10 @@ def planned_runs(args):
     of its result file, whether or not that exists.
     """
     flags, planned = settings(args), []
-    stem = f"{Path(flags['dataset']).name}-{args.name}-{Path(flags['model']).name}"
+    dataset, ending = os.path.splitext(Path(flags["dataset"]).name)
+    if ending.lower() not in ENDINGS or dataset in (*HUB, *DEMOS):  # a file goes by its stem
+        dataset += ending
+    stem = f"{dataset}-{args.name}-{Path(flags['model']).name}"
     once = args.eval_only or args.epochs == 0  # nothing is trained: any learning rate will do
     for seed in dict.fromkeys(args.seeds):  # a seed's learning rates in a row: they share data
         for lr in args.lr[:1] if once else dict.fromkeys(args.lr):

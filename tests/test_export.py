@@ -1,12 +1,14 @@
 """An exported model is an ordinary checkpoint: the library loads it, and it gives our logits."""
 
+import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import EVERY, batch_of, ended, ready, rows_flags, text_flags, trained
+from conftest import EVERY, batch_of, ended, ready, rows_flags, sentences, text_flags, trained
 
 import common
 import lora
@@ -162,3 +164,21 @@ def test_nothing_is_overwritten_and_nothing_is_left_half(
     lora.main([*map(str, line), "--force", "--export", "."])
     assert (folder / "model.safetensors").exists()
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_from_one_csv_file_to_a_pipeline(models, tmp_path, monkeypatch):
+    """The command that compare.py prints exports a run on a file, without further flags."""
+    monkeypatch.chdir(tmp_path)
+    texts, labels = sentences(200, 5)
+    names = ["bad", "good"]
+    lines = [f"{text},{names[label]}" for text, label in zip(texts, labels, strict=True)]
+    Path("tickets.csv").write_text("\n".join(["text,label", *lines]))
+    shutil.copytree(models("distilbert"), "model")
+    flags = ["--dataset", "tickets.csv", "--model", "model", "--max_length", 16]
+    [path] = lora.main([*flags, "--max_steps", 60, "--lr", "0.01"])
+    lora.main(["--eval_only", str(path.with_suffix("")), "--export", "my-model"])
+    classify = transformers.pipeline("text-classification", "my-model")
+    predicted = [answer["label"] for answer in classify(texts)]
+    right = [name == names[label] for name, label in zip(predicted, labels, strict=True)]
+    scores = json.loads(path.read_text())["metrics"]
+    assert sum(right) / len(right) > 0.8 and scores["test"]["accuracy"] > 0.7

@@ -318,7 +318,7 @@ def test_a_fifth_of_each_class_is_the_test_set_of_one_file(copies, models, tmp_p
         assert not set(left) & set(labelled(data.test))
         assert len(set(left)) == 120 and len(left) <= 120 * copies
     assert one.description["test_split"] == "a fifth of train"
-    assert run.settings["dataset"] == "tickets" and run.path.name.startswith("tickets-lora-")
+    assert run.settings["dataset"] == "tickets.csv" and run.path.name.startswith("tickets-lora-")
     _, some = load(tmp_path, *flags, "--test_samples", 7, "--heldout", 9)
     assert some.official == 7 and len(some.test.lengths) == 16
     assert in_order(labelled(some.test)[:7], labelled(one.test))
