@@ -93,6 +93,8 @@ def choose_device(args):
         fail(f"--device {name}: not available ({first_line(error)})")
     if kind not in ("cpu", "cuda"):
         fail(f"--device {name}: only cpu and cuda are supported")
+    if kind == "cpu" and os.getloadavg()[0] > os.cpu_count() and "GOMP_SPINCOUNT" not in os.environ:
+        say("this machine is busy: GOMP_SPINCOUNT=30000 before the command may make it faster")
     args.device = name
     if args.precision == "auto":
         cuda = kind == "cuda"

@@ -14,6 +14,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same tests everywhere: on a CPU, in fp32
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # before torch: threads that wait let others work
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
