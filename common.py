@@ -377,7 +377,7 @@ def log_losses(history, progress):
     mean = torch.tensor([float(loss) for _, _, loss in history.losses]).mean().item()
     history.losses.clear()
     if not math.isfinite(mean):
-        say(f"the loss is NaN or infinite at step {step}, lr {lr:.3g}: this run ends; lower --lr?")
+        say(f"the loss became NaN or infinite by step {step} (lr {lr:.3g}): this run ends")
         history.diverged = True
         return
     history.curve.append([step, lr, mean])
@@ -600,9 +600,8 @@ def count_flops(run, data, base, method, steps):
 
         sizes = [(len(part), int(lengths[part].max())) for part in parts]
         outputs = [int(targets.counts[part].sum()) for part in parts]
-        prices = [
-            (n * longest, n * longest**2, r) for (n, longest), r in zip(sizes, outputs, strict=True)
-        ]
+        triples = zip(sizes, outputs, strict=True)
+        prices = [(n * longest, n * longest**2, r) for (n, longest), r in triples]
         return [functools.partial(work, part) for part in parts], prices
 
     base.model.eval()
@@ -612,14 +611,14 @@ def count_flops(run, data, base, method, steps):
     )
     base.model.train()
     works, prices = passes(data.train, list(itertools.chain.from_iterable(steps)), training=True)
-    total = 0.0
-    if works:
-        firsts = np.cumsum([0, *map(len, steps[:-1])])  # of each step the first part
+    method.before_step(100, 100)
+    once = 0.0  # per step, in its first part: counted on a step of middle size
+    if works and method.tokens_together:
+        firsts = np.cumsum([0, *map(len, steps[:-1])])
         middle = works[sorted(firsts, key=lambda i: prices[i])[len(steps) // 2]]
-        method.before_step(100, 100)
-        first = meters.count_flops(base.model, middle)  # with what a step does once
+        first = meters.count_flops(base.model, middle)
         once = first - meters.count_flops(base.model, middle)
-        total = meters.fitted_flops(base.model, works, prices) + once * len(steps)
+    total = meters.fitted_flops(base.model, works, prices) + once * len(steps)
     step = total / max(1, len(steps))
     return {"step": step, "total": total, "inference_example": inference / len(lengths)}
 

@@ -3,8 +3,8 @@
 Paper: Khaki et al. 2025, "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sparsity", arXiv
 2506.16500 (we call it contextual, because sparse_lora.py prunes the adapter).
 
-    y = W0[picked]·x + b              picked: the channels of a feed-forward layer with the largest
-                                      ‖act(x·W1ᵀ + b1)‖ over the tokens of the batch (section 3.1)
+    y = act(x·W1[I]ᵀ + b1[I])·W2[:, I]ᵀ + b2        I: the channels with the largest
+                                                    ‖act(x·W1ᵀ + b1)‖ (section 3.1)
     python contextual_lora.py --dataset imdb
 
 The wide middle of a block's feed-forward layer has thousands of channels, and for one batch most of
@@ -12,16 +12,17 @@ them contribute little. In each training step every sliced block scores its chan
 the batch's tokens and computes only the best ones, forward and backward. The LoRA branch stays
 dense, and so do the first steps, evaluation and merging.
 
-Channels are picked once a step, on the first 1,024 tokens of the global batch, and kept for all of
-its parts: --batch_size, --grad_accum and the device change no result. Under torchrun each process
-picks for its own examples.
+Channels are picked once per step, on 256 random tokens from the first examples of the global batch
+(at most 1,024 tokens). The picks do not depend on how the batch is cut into parts, nor on the
+device. Under torchrun each process picks for its own examples.
 
 Departures from the paper, which treats decoders of 7B weights and more: [CLS], or the masked tokens
 that are scored, stay dense, as a decoder's output tokens do there. The paper predicts which
 channels matter with a rank-8 SVD of the frozen weight (--estimator svd); on a small encoder that
 picks little better than chance, so by default the score is exact, on a random sample of tokens.
-Attention stays dense, and the last block where it computes the output tokens alone. Which layers
-are sliced follows the paper's GLUE map, whose --channel_sparsity is 0.95.
+Attention is never sliced, and the last block is not if it computes the output tokens alone. Which
+layers are sliced follows the paper's GLUE configuration. It leaves out 95 % of the channels; our
+default is 90 %.
 """
 
 import torch
@@ -59,7 +60,7 @@ def slicing_args(parser):
         type=count_or_zero,
         help="This many first layers stay dense (default: half).",
     )
-    dense = "Which tokens stay dense: scored ones (of a causal LM none), or none."
+    dense = "scored: tokens whose output is used stay dense (no effect in a causal LM)."
     add("--dense_tokens", choices=["scored", "none"], default="scored", help=dense)
     scores = "Score channels exactly on a sample of tokens, or by a rank-8 SVD."
     add("--estimator", choices=["sample", "svd"], default="sample", help=scores)
@@ -95,7 +96,7 @@ def estimated_scores(x, factors, biases, act):
 
 
 def layer_sparsity(layer, layers, sparsity, dense):
-    """The paper's GLUE map by depth: the first `dense` dense, the last half as sparse."""
+    """The fraction left out: none in the first `dense` layers, half in the last (GLUE's map)."""
     return 0.0 if layer < dense else sparsity / 2 if layer == layers - 1 else sparsity
 
 

@@ -470,7 +470,7 @@ def test_a_loss_of_nan_ends_the_training(models, reviews, tmp_path, monkeypatch,
     flags = [*rows_flags(models, reviews), "--max_steps", steps, "--warmup", 0.5, "--lr", 1e-3]
     result, path = result_of(lora, tmp_path, *flags)
     lr = 1e-3 * scale_at(2, steps, steps / 2)
-    assert f"the loss is NaN or infinite at step 2, lr {lr:.3g}: " in capsys.readouterr().out
+    assert f"the loss became NaN or infinite by step 2 (lr {lr:.3g}): " in capsys.readouterr().out
     assert len(calls) == 5  # memory's two
     assert len(result["curve"]) == (steps == 2) and not path.with_suffix(".checkpoint").exists()
     assert result["time"]["train_seconds"] > 0 and result["diverged"] and not result["untrained"]
