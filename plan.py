@@ -75,15 +75,17 @@ def plan(args, adapt):
     peaks = {name: memory[phase] for name, phase in names.items() if phase in memory}
     checkpointing = "with" if run.checkpointing else "without"
     say(f"{run.name}: {meters.describe(base)}")
-    shape = f"{run.batch_size} × {run.max_length} tokens"
-    say(f"{shape}, {run.precision}, {checkpointing} checkpointing, GiB:")
+    whole = max(sum(peak.values()) for peak in peaks.values()) >= 2**30
+    unit, size = ("GiB", 2**30) if whole else ("MiB", 2**20)
+    shape = f"{run.batch_size} × {run.max_length} tokens, {run.precision}"
+    say(f"{shape}, {checkpointing} checkpointing, {unit}:")
     say(f"{'':16}" + "".join(f"{phase:>12}" for phase in peaks))
     for kind in memory["inference"]:
-        say(f"{kind:16}" + "".join(f"{peak[kind] / 2**30:12.2f}" for peak in peaks.values()))
-    say(f"{'peak':16}" + "".join(f"{sum(p.values()) / 2**30:12.2f}" for p in peaks.values()))
-    say(f"{operations / 1e12:,.2f} TFLOP a training pass")
+        say(f"{kind:16}" + "".join(f"{peak[kind] / size:12.2f}" for peak in peaks.values()))
+    say(f"{'peak':16}" + "".join(f"{sum(p.values()) / size:12.2f}" for p in peaks.values()))
+    say(f"{operations / 1e9:,.1f} GFLOP per training pass")
     lrs, seeds, steps = len(set(args.lr)), len(set(args.seeds)), args.max_steps
     if args.train_samples and not steps:
         steps = args.epochs * math.ceil(args.train_samples / (args.batch_size * args.grad_accum))
     length = f"{lrs * seeds * steps:,} steps in all" if steps else f"{args.epochs} epochs each"
-    say(f"{lrs * seeds} runs ({lrs} learning rates × {seeds} seeds), {length}")
+    say(f"runs: {lrs * seeds} ({lrs} learning rates × {seeds} seeds), {length}")

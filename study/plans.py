@@ -39,7 +39,8 @@ def peak(script, folder, *more):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         script.main([*FLAGS, "--model", str(folder), *more])
-    return re.search(r"^peak +(\S+)", shown.getvalue(), re.M)[1]
+    peak = float(re.search(r"^peak +(\S+)", shown.getvalue(), re.M)[1])
+    return f"{peak / (1024 if 'MiB:' in shown.getvalue() else 1):.2f}"
 
 
 def main():
