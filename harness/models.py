@@ -142,8 +142,9 @@ def check_files(name, folder):
     """Refuse an index that names other files than safetensors inside the model's own folder."""
     for index in Path(folder).glob("*.safetensors.index.json"):
         try:
-            files = {*map(str, json.loads(index.read_text())["weight_map"].values())}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            text = index.read_text() if index.is_file() else ""  # a pipe would never end
+            files = {*map(str, json.loads(text)["weight_map"].values())}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             fail(f"--model {name}: {index.name} is not a list of files")
         for file in files:
             if Path(file).name != file or not file.endswith(".safetensors"):

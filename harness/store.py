@@ -66,6 +66,7 @@ def read_object(path):
     """The JSON object in a regular file (a pipe would be waited for); {} where there is none."""
     try:
         value = json.loads(path.read_text()) if path.is_file() else {}
+        json.dumps(value, ensure_ascii=False).encode()  # half a character cannot be shown
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -326,7 +327,7 @@ def load_adapter(run, base, method):
         if tensor.shape != saved[name].shape:
             old, new = list(saved[name].shape), list(tensor.shape)
             fail(f"{where}: {name} is {old} there, {new} here; same --rank?")
-        if not saved[name].is_floating_point() or not saved[name].isfinite().all():
+        if not saved[name].is_floating_point() or not saved[name].float().isfinite().all():
             fail(f"{where}: {name} holds NaN, infinity or integers; the adapter is broken")
         tensor.data.copy_(saved[name])
 

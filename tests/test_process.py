@@ -164,6 +164,7 @@ def copied_code(folder, **fields):
 
 
 OUTSIDE, PICKLED = "../model.safetensors", "pytorch_model.bin"
+INDEX = "model.safetensors.index.json"
 DAMAGES = {  # what is done to a model's folder, what the line names; whether --plan sees it, too
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no file named model.safe", False),
     "torn": (lambda f: tear(f / "model.safetensors"), "cannot load it", False),
@@ -171,6 +172,8 @@ DAMAGES = {  # what is done to a model's folder, what the line names; whether --
     "outside": (lambda f: index(f, {"weight_map": {"x": OUTSIDE}}), f"names {OUTSIDE}", False),
     "bin shards": (lambda f: index(f, {"weight_map": {"x": PICKLED}}), f"names {PICKLED}", False),
     "torn index": (lambda f: index(f, []), "is not a list of files", False),
+    "deep index": (lambda f: (f / INDEX).write_text("[" * 10**5), "not a list of files", False),
+    "pipe index": (lambda f: os.mkfifo(f / INDEX), "is not a list of files", False),
     "no tokenizer": (lambda f: [path.unlink() for path in f.glob("token*")], "tokenizer", False),
     "adapter": (lambda f: (f / "adapter_config.json").touch(), "folder holds an adapter", True),
     "code": (lambda f: copied_code(f, model_type="new"), "no usable config there", True),

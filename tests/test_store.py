@@ -624,3 +624,11 @@ def test_kill_9_loses_nothing_and_two_at_once_end_right(models, reviews, tmp_pat
     assert all(again[key] == whole[key] for key in OUTCOME[:3]) and weights(other) == weights(path)
     left = {file.suffix for file in out.iterdir() if file.is_file()}
     assert left <= {".json", ".tmp"}  # the killed process may leave what it was writing
+
+
+def test_a_result_that_cannot_be_printed_is_not_complete(tmp_path):
+    """Half of a surrogate pair in a stranger's file would end later messages with a traceback."""
+    path = tmp_path / "result.json"
+    for name, complete in (("\\ud83d\\ude00", True), ("\\ud800", False)):
+        path.write_text(f'{{"settings": {{"name": "{name}"}}, "environment": {{}}, "data": {{}}}}')
+        assert bool(store.read_result(path)) == complete
