@@ -103,7 +103,8 @@ def informative(names):
 def class_names(config):
     """The class names, by number, of the trained head of a checkpoint; None as in informative."""
     trained = any("SequenceClassification" in str(name) for name in config.architectures or [])
-    return informative(list(config.id2label.values()) if trained else [])
+    labels = dict(config.id2label)  # numbers, whatever their order in config.json
+    return informative([labels[number] for number in sorted(labels)] if trained else [])
 
 
 def head_order(names, classes):

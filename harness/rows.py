@@ -258,6 +258,8 @@ def read_file(where, file):
             csv.field_size_limit(2**31 - 1)
             reader = csv.DictReader(io.StringIO(content), **form)
             reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            if len(set(reader.fieldnames)) < len(reader.fieldnames):
+                fail(f"{where}: {file.name} has two columns of one name; rename one")
             examples = list(reader)
         else:
             try:
@@ -351,8 +353,12 @@ def read_tables(where, dataset, data_dir):
         if len({re.sub(r"\d+", "", name) for name in names}) > 1:
             fail(f"{where}: {' and '.join(names)} would both be the {split} split; keep one")
         shards, class_names = zip(*(read_file(where, file) for file in files), strict=True)
+        if any(names != class_names[0] for names in class_names):
+            fail(f"{where}: the files of the {split} split name their classes differently")
         examples = [example for shard in shards for example in shard]
         for example in examples:
+            if "labels" in example and "label" in example:
+                fail(f"{where}: the {split} split has both label and labels; drop one")
             if "labels" in example:
                 example["label"] = example.pop("labels")
         quoted = files[0].suffix.lower() == ".csv"

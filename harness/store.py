@@ -277,7 +277,7 @@ def read_adapter(folder, with_config):
         with safe_open(path, "pt") as file:
             trained_on = dict(json.loads((file.metadata() or {}).get("trained_on", "{}")))
             return config, {name: file.get_tensor(name) for name in file.keys()}, trained_on
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         wanted = "adapter_model.safetensors and adapter_config.json"
         fail(f"--eval_only {folder}: wanted: {wanted} of an adapter ({first_line(error)})")
 
@@ -305,8 +305,9 @@ def load_adapter(run, base, method):
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
         fail(f"{where}: it started from {start!r}, which changes the base itself")
-    if config.get("use_rslora"):
-        fail(f"{where}: made with rsLoRA, which scales by alpha/√r; not supported")
+    for key in ("use_rslora", "use_dora", "alora_invocation_tokens"):
+        if config.get(key):
+            fail(f"{where}: made with {key}, another computation than ours; not supported")
     for key, flag in {"peft_type": "the script", "r": "--rank", "lora_alpha": "--alpha"}.items():
         if key in ours and config.get(key) != ours[key]:
             fail(f"{where}: {key} is {config.get(key)} there and {ours[key]} here; change {flag}")

@@ -213,3 +213,11 @@ def test_a_decoder_reads_its_last_token_whatever_it_is(models, reviews, tmp_path
         ours = common.forward(base, batch)
         states = base.model.base_model(input_ids=ids, attention_mask=batch.mask)[0].flatten(0, 1)
         torch.testing.assert_close(ours, states[last] @ base.model.score.weight.T)
+
+
+def test_class_names_go_by_number_whatever_their_order_in_the_config():
+    from transformers import BertConfig
+
+    config = BertConfig(architectures=["BertForSequenceClassification"])
+    config.id2label = {1: "pos", 0: "neg"}
+    assert library.class_names(config) == ["neg", "pos"]

@@ -8,7 +8,16 @@ import socket
 import datasets
 import huggingface_hub
 import pytest
-from conftest import WORDS, ready, result_of, rows_flags, sentences, tiny_tokenizer, write_rows
+from conftest import (
+    WORDS,
+    ended,
+    ready,
+    result_of,
+    rows_flags,
+    sentences,
+    tiny_tokenizer,
+    write_rows,
+)
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 import lora
@@ -448,3 +457,34 @@ def test_odd_texts_train_normally(models, tmp_path, kind):
     words = [*rows_flags(models, tmp_path / "odd", kind), "--epochs", 1, "--batch_size", 8]
     result, _ = result_of(lora, tmp_path, *words)
     assert all(map(math.isfinite, [*result["metrics"]["test"].values(), result["curve"][-1][2]]))
+
+
+@pytest.mark.parametrize(
+    "files, named",
+    [
+        ({"train.csv": "text,label,label\na good film,0,1\n"}, "two columns of one name"),
+        (
+            {"train.jsonl": '{"text": "a good film", "label": 0, "labels": 1}\n' * 2},
+            "both label and labels",
+        ),
+    ],
+)
+def test_two_label_columns_are_refused(files, named, models, tmp_path, capfd):
+    """One of them would win silently."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    code, error = ended(capfd, lora, "--dataset", tmp_path, "--model", models("distilbert"))
+    assert code == 2 and named in error
+
+
+def test_shards_that_number_their_classes_differently_are_refused(models, tmp_path, capfd):
+    """The first shard's names would be given to the numbers of all."""
+    import datasets
+
+    for i, names in enumerate((["neg", "pos"], ["pos", "neg"])):
+        features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+        part = {"text": ["a good film", "a bad film"], "label": [0, 1]}
+        shard = datasets.Dataset.from_dict(part, features=datasets.Features(features))
+        shard.to_parquet(str(tmp_path / f"train-0000{i}-of-00002.parquet"))
+    code, error = ended(capfd, lora, "--dataset", tmp_path, "--model", models("distilbert"))
+    assert code == 2 and "name their classes differently" in error
