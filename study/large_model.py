@@ -2,9 +2,10 @@
 
     python study/large_model.py --tokenizer models/smollm2
 
-It writes a model of TinyLlama's shape with random bf16 weights (2.1 GiB, in shards) into a temporary
-folder, trains two steps of one example of 128 tokens in a process of its own, and prints the peak of
-its resident memory beside what the imports need, the checkpoint's bytes and what `--plan` predicts.
+It writes a model of TinyLlama's shape with random bf16 weights (2.1 GiB, in shards) into a
+temporary folder and trains two steps of one example of 128 tokens in a process of its own. It
+prints the peak of that process's resident memory beside what the imports need, the checkpoint's
+bytes, and what `--plan` predicts.
 """
 
 import argparse
@@ -54,7 +55,9 @@ def main():
     parser.add_argument("--tokenizer", default="models/smollm2")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        code = f"import study.large_model as m; print(m.write_model({folder!r}, {args.tokenizer!r}))"
+        code = (
+            f"import study.large_model as m; print(m.write_model({folder!r}, {args.tokenizer!r}))"
+        )
         weights = int(peak("-c", code)[0].split()[-2])
         flags = [*FLAGS.split(), "--model", folder, "--out", f"{folder}/results"]
         plan = peak("qlora.py", *flags, "--plan")[0]
