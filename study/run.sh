@@ -76,6 +76,13 @@ smollm2_longer_seed() {  # four times the steps: does the order hold, or is it w
   run hira.py $smol --epochs 12 --lr 2e-2
 }
 smollm2_longer() { local out=results/longer; seeds 2 smollm2_longer_seed; }
+continuation() {  # adapters of SmolLM2 for study/continuation.py: seed 0, tuned
+  local out=results/continuation
+  seeds 1 run lora.py $smol --lr 4e-3
+  seeds 1 run qlora.py $smol --lr 8e-3
+  seeds 1 run sparse_lora.py $smol --lr 8e-3
+  seeds 1 run hira.py $smol --lr 2e-2
+}
 full_data_seed() {  # at the learning rate that most seeds chose; no verdict
   local flags="--dataset sst2 --model $model --head_lr 1e-2"
   for method in lora.py qlora.py sparse_lora.py; do run $method $flags --lr 1.5e-3; done
