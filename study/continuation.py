@@ -3,7 +3,7 @@
     bash study/run.sh continuation      trains the four adapters first, half an hour on one core
     python study/continuation.py results/continuation/*-seed0
 
-Each adapter is merged and exported, and transformers' `generate` takes the likeliest token 40 times.
+Each adapter is merged and exported; transformers' `generate` takes the likeliest token 40 times.
 """
 
 import re

@@ -4,14 +4,16 @@
 
 It writes a model of TinyLlama's shape with random bf16 weights (2.1 GiB, in shards) into a
 temporary folder and trains two steps of one example of 128 tokens in a process of its own. It
-prints the peak of that process's resident memory beside what the imports need, the checkpoint's
-bytes, and what `--plan` predicts.
+prints the peak of that process's memory beside what the imports need, the size of the checkpoint's
+files, and what `--plan` predicts.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +22,7 @@ FLAGS += " --precision bf16 --test_samples 8 --train_samples 8 --dev_samples 8"
 
 
 def write_model(folder, tokenizer):
-    """A Llama of TinyLlama's shape with random bf16 weights; returns the bytes of its weights."""
+    """Write a Llama of TinyLlama's shape with random bf16 weights, and a tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -37,16 +39,29 @@ def write_model(folder, tokenizer):
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder, max_shard_size="500MB")
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return sum(tensor.nbytes for tensor in model.parameters())
 
 
 def peak(*command):
-    """Peak resident bytes of a Python process of its own."""
-    code = "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); "
-    code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
-    line = [sys.executable, "-c", code, sys.executable, *map(str, command)]
-    output = subprocess.run(line, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    return output, 1024 * int(output.split()[-1])
+    """(output, peak resident bytes, peak anonymous bytes) of a Python process of its own.
+
+    Anonymous memory is what the process holds itself. The rest is mostly pages of the checkpoint's
+    files, which the kernel may drop at any time and read again.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        line = [sys.executable, *map(str, command)]
+        process = subprocess.Popen(line, cwd=ROOT, stdout=output, stderr=output)
+        resident, anonymous = 0, 0
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            kilobytes = dict(re.findall(r"(VmHWM|RssAnon):\s*(\d+) kB", status))
+            resident = max(resident, 1024 * int(kilobytes.get("VmHWM", 0)))
+            anonymous = max(anonymous, 1024 * int(kilobytes.get("RssAnon", 0)))
+            time.sleep(0.05)
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        sys.exit(text)
+    return text, resident, anonymous
 
 
 def main():
@@ -55,22 +70,18 @@ def main():
     parser.add_argument("--tokenizer", default="models/smollm2")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        code = (
-            f"import study.large_model as m; print(m.write_model({folder!r}, {args.tokenizer!r}))"
-        )
-        weights = int(peak("-c", code)[0].split()[-2])
+        code = f"import study.large_model as m; m.write_model({folder!r}, {args.tokenizer!r})"
+        peak("-c", code)
+        files = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
         flags = [*FLAGS.split(), "--model", folder, "--out", f"{folder}/results"]
         plan = peak("qlora.py", *flags, "--plan")[0]
-        imports = peak("-c", "import torch, transformers, qlora, bitsandbytes")[1]
-        output, total = peak("qlora.py", *flags)
+        imports = peak("-c", "import torch, transformers, qlora, bitsandbytes")
+        output, *total = peak("qlora.py", *flags)
     print(plan, output, sep="\n")
-    for name, size in {
-        "checkpoint": weights,
-        "imports": imports,
-        "peak": total,
-        "peak minus imports": total - imports,
-    }.items():
-        print(f"{name:20} {size / 2**20:8,.0f} MiB")
+    print(f"{'MiB':24}{'resident':>10}{'anonymous':>11}")
+    for name, (resident, anonymous) in {"imports": imports[1:], "peak of the run": total}.items():
+        print(f"{name:24}{resident / 2**20:10,.0f}{anonymous / 2**20:11,.0f}")
+    print(f"{'files of the checkpoint':24}{files / 2**20:10,.0f}")
 
 
 if __name__ == "__main__":
