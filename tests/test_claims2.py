@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,17 +16,14 @@ import common
 import lora
 import qlora
 from harness import flags
+from harness.splits import generator_for
 from study.claims import layers, shared, sparsity, start_values, starts, storage, tuned
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_loftq_is_pefts_where_alpha_is_the_rank_and_gains_at_other_scales_too():
     """PEFT's whole function insists on a GPU. At α = 2r its start is as far off as Q is."""
     decompose = oracle("peft.utils.loftq_utils")._low_rank_decomposition
-    W = gaussian(48, 64)
+    W = torch.randn(48, 64, generator=generator_for("W"))
     error = W - qlora.dequantize(*qlora.quantize(W), W.shape)
     theirs, (A, B) = decompose(error, reduced_rank=8), start_values.loftq(W, W - error, 8, 1.0)
     torch.testing.assert_close(B @ A, theirs["L"] @ theirs["R"], rtol=0, atol=1e-5)
@@ -40,8 +36,9 @@ def test_loftq_is_pefts_where_alpha_is_the_rank_and_gains_at_other_scales_too():
 
 def test_the_output_aware_start_is_the_least_squares_solution():
     """Alternating least squares for B and A; the damping is ten more inputs."""
-    E, X = gaussian(12, 10).double(), gaussian(10, 10, seed=1) @ gaussian(10, 200, seed=2)
-    C, A = X @ X.T / 200, gaussian(3, 10, seed=3).double()
+    E, mix, X, A = torch.randn(225, 10, generator=generator_for("E")).split([12, 10, 200, 3])
+    X = mix @ X.T
+    E, A, C = E.double(), A.double(), X @ X.T / 200
     inputs = torch.cat([X, (2 * C.trace() / 10).sqrt() * torch.eye(10)], dim=1).double()
     for _ in range(500):
         B = torch.linalg.lstsq((A @ inputs).T, (E @ inputs).T).solution.T
@@ -83,25 +80,21 @@ def test_tuned_runs_are_gathered(models, text_dir, tmp_path):
 
 
 def test_differences_are_paired_by_seed():
-    losses = {"a": [2.0, 2.1, 2.2, 2.3], "b": [1.9, 2.0, 2.1, 2.2, 9.0]}
-    pairs = [(name, *item) for name in losses for item in enumerate(losses[name])]
-    rows = [{"name": name, "seed": seed, "loss": loss} for name, seed, loss in pairs]
+    losses = [("a", 0, 2.0), ("a", 1, 2.1), ("b", 1, 2.0), ("b", 0, 1.9), ("b", 2, 9.0)]
+    rows = [dict(zip(("name", "seed", "loss"), loss, strict=True)) for loss in losses]
     percents, seeds = tuned.difference(rows, "a", "b")
-    assert percents == pytest.approx([100 * math.expm1(0.1)] * 3) and seeds == 4
+    assert percents == pytest.approx([100 * math.expm1(0.1)] * 3) and seeds == 2
     assert tuned.verdict([4, 3, 5], 4) == "worse" and "no verdict" in tuned.verdict([4, 3, 5], 3)
     assert tuned.verdict([0, -1, 1], 5) == "equal within 2 %"
     assert tuned.verdict([0, -1, 3], 5) == "undecided"
 
 
-def test_stored_bits_are_those_of_the_trained_phrases(models, tmp_path, monkeypatch):
+def test_stored_bits_are_those_of_the_trained_phrases(models, tmp_path):
     """No phrase is lost to the 16 dev examples, and these are taken off the test file's loss."""
-    phrases = [f"{a} {b} {c} it" for a in WORDS[:5] for b in WORDS[:5] for c in WORDS[:5]]
-    with monkeypatch.context() as patch:
-        examples = SimpleNamespace(plain=[*phrases, "the a film"])
-        patch.setattr(storage.rows, "read_examples", lambda *_: examples)
-        storage.write_phrases(0, tmp_path)
-    words = ["--dataset", tmp_path, "--model", models("distilbert"), "--dev_samples", 16]
-    sizes = shared.prepare(lora, words)[1].description
+    phrases = [f"{a} {b} {c}" for a in WORDS[:5] for b in WORDS[:5] for c in WORDS[:5]]
+    storage.write_phrases([*phrases, "the a film it"], 0, tmp_path)
+    words = ["--dataset", tmp_path, "--model", models("distilbert"), "--max_length", 16]
+    sizes = shared.prepare(lora, [*words, "--dev_samples", 16])[1].description
     assert (sizes["train"], sizes["test"]) == (109, 125)
     for loss, accuracy, bits in ((math.log(16), 1 / 16, 0), (0, 1, 4 * 109)):
         test = {"loss": (109 * loss + 16 * 5) / 125, "accuracy": 109 * accuracy / 125}

@@ -18,25 +18,24 @@ from pathlib import Path
 
 import torch
 
-from harness import rows
+from harness.rows import read_examples
 from harness.splits import generator_for
 from study.claims.shared import COLORS, INK, RESULTS, interval, load, picture, save
 from study.claims.tuned import best, read_results, weights_left
 
-CLASSES, WORDS, PHRASES = 16, 4, 5000
+CLASSES, WORDS, PHRASES = 16, 3, 5000
 SIGNS = {"test": 1, "dev": -1}  # the test file holds the dev examples, too
 METHODS = {"lora": "LoRA", "hira": "HiRA", "sparse_lora": "half pruned"}
 NAMES = {f"{m}-r{rank}": f"{METHODS[m]}, rank {rank}" for m in METHODS for rank in (1, 8)}
 
 
-def write_phrases(seed, folder):
+def write_phrases(texts, seed, folder):
     """Write train.jsonl and test.jsonl, both with the same phrases and labels of this seed.
 
     All phrases have the same number of words, so that none stands inside another: the dev examples
     then take no training example away but themselves.
     """
-    phrases = {*rows.read_examples("sst2", "data").plain}
-    phrases = sorted(phrase for phrase in phrases if len(phrase.split()) == WORDS)
+    phrases = sorted({text for text in texts if len(text.split()) == WORDS})
     generator = generator_for(seed, "phrases")
     picked = torch.randperm(len(phrases), generator=generator)[:PHRASES].tolist()
     labels = torch.randint(CLASSES, (len(picked),), generator=generator).tolist()
@@ -108,7 +107,8 @@ def draw():
 def main(words):
     """Write phrases, print a learning rate, or gather a folder."""
     if words[0] == "--phrases":
-        write_phrases(int(words[1]), Path(words[2]))
+        texts = read_examples("sst2", "data").plain
+        write_phrases(texts, int(words[1]), Path(words[2]))
     elif words[0] == "--best":
         print(f"{best(read_results(map(Path, words[1:])), 'test')['lr']:g}")
     else:

@@ -51,12 +51,12 @@ def won_back():
     for start, label in price.LABELS.items():
         less = "–" if start == "zero" else span(rows[start]["% more than QLoRA"])
         cells.append([label, span(rows[start]["% more"]), less])
-    costs, left = (rows[start]["% more"] for start in ("zero", "output_aware"))
+    less = [span(rows[start]["% more than QLoRA"]) for start in ("loftq", "output_aware")]
     head = ["start", "untrained perplexity above fp32, %", "above QLoRA's, %"]
     text = (
         f"{image('won_back', 'Price of 4 bits by start')}\n\n{table(head, cells)}\n\n"
-        f"**Before training, 4 bits cost {span(costs)} % of perplexity, and {span(left)} % with "
-        "the output-aware start.**"
+        f"**Before training, 4 bits cost {span(rows['zero']['% more'])} % of perplexity. LoftQ's "
+        f"start changes QLoRA's perplexity by {less[0]} %, the output-aware start by {less[1]} %.**"
     )
     names = price.TRAINED
     trained = tuned_rows(("lora-r8", *names.values()))

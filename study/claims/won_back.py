@@ -15,7 +15,7 @@ from study.claims.shared import COLORS, INK, RESULTS, WIKITEXT2, load, picture, 
 from study.claims.tuned import difference, tuned_rows
 
 LAYERS = ["--targets", "query", "key", "value", "intermediate.dense", "output.dense"]
-LABELS = {"zero": "QLoRA", "peft_loftq": "LoftQ as PEFT has it"}
+LABELS = {"zero": "QLoRA: at zero", "peft_loftq": "LoftQ as in PEFT"}
 LABELS |= {"loftq": "LoftQ, divided by α/r", "output_aware": "output-aware"}
 TRAINED = {"zero": "qlora-r8", "loftq": "loftq-r8", "output_aware": "output_aware-r8"}
 
@@ -48,10 +48,10 @@ def draw():
     rows = tuned_rows(("lora-r8", *TRAINED.values()))
     trained = {start: difference(rows, name, "lora-r8")[0] for start, name in TRAINED.items()}
     trained = {start: percents for start, percents in trained.items() if percents}
-    title = "What 4 bits cost, by where the adapter starts"
-    note = "Perplexity on WikiText-2 above full precision. Left is better. Bars: 95 %."
-    parts = [(untrained, "untrained: above fp32, % (over test blocks)")]
-    parts += [(trained, "trained: above LoRA, % (over seeds)")] if trained else []
+    title = "An adapter that starts from the error of the outputs undoes most of what 4 bits cost"
+    note = "Dotted line: without the 4 bits. Left is better. Bars: 95 % over test blocks or seeds."
+    parts = [(untrained, "untrained: perplexity above that of the fp32 weights, %")]
+    parts += [(trained, "trained: perplexity above that of LoRA, %")] if trained else []
     size = {"width": 8.6 if trained else 6.8, "squeeze": False, "sharey": True}
     with picture("won_back", title, note, 2.9, (1, len(parts)), **size) as (_, [panels]):
         for axes, (percents, label) in zip(panels, parts, strict=True):
@@ -64,6 +64,7 @@ def draw():
             axes.axvline(0, color=INK, lw=0.8, ls=":")
             axes.set_xlabel(label)
             axes.grid(axis="x")
+        panels[0].set_ylabel("where QLoRA's adapter starts")
         panels[0].set_yticks(range(len(LABELS)), list(LABELS.values()))
         panels[0].set_ylim(len(LABELS) - 0.5, -0.5)
         panels[0].tick_params(axis="y", length=0)
