@@ -6,7 +6,7 @@
 #   bash study/claims/run.sh times         step times: half an hour, on a machine with nothing else
 #   bash study/claims/run.sh sparsity      pruned and small adapters: 9 hours on two free cores
 #   bash study/claims/run.sh starts        where QLoRA's adapter starts: 5 hours on two
-#   bash study/claims/run.sh storage       random labels: 9 hours on two
+#   bash study/claims/run.sh storage       random labels: 5 hours on two
 #   bash study/claims/run.sh layers        attention, MLP or all: 2 hours on two, after sparsity
 #
 # JOBS=4 trains this many seeds at a time (default: one a core).

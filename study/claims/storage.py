@@ -20,7 +20,7 @@ import torch
 
 from harness.rows import read_examples
 from harness.splits import generator_for
-from study.claims.shared import COLORS, INK, RESULTS, interval, load, picture, save
+from study.claims.shared import COLORS, INK, RESULTS, load, picture, save
 from study.claims.tuned import best, read_results, weights_left
 
 CLASSES, WORDS, PHRASES = 16, 3, 5000
@@ -81,8 +81,8 @@ def gather(folder):
 
 
 def per_weight(name, numbers):
-    """[mean, low, high] of the bits per weight of "lora-r1" and so on: 95 % over seeds."""
-    return interval([row["bits"] / row["weights"] for row in numbers if row["name"] == name])
+    """{seed: bits per weight} of "lora-r1" and so on."""
+    return {row["seed"]: row["bits"] / row["weights"] for row in numbers if row["name"] == name}
 
 
 def draw():
@@ -94,7 +94,7 @@ def draw():
     note = "A dot is a seed; what the classification head stores is taken off. Right is more."
     with picture("storage", title, note, 2.8) as (_, axes):
         for y, name in enumerate(NAMES):
-            x = [row["bits"] / row["weights"] for row in numbers if row["name"] == name]
+            x = [*per_weight(name, numbers).values()]
             axes.plot(x, [y] * len(x), "o", color=COLORS[name.rsplit("-", 1)[0]], alpha=0.8)
         axes.set_yticks(range(len(NAMES)), list(NAMES.values()))
         axes.set_ylim(len(NAMES) - 0.5, -0.5)

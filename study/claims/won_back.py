@@ -63,11 +63,11 @@ def draw():
                     axes.plot(mean, y, "o", color=color)
             axes.axvline(0, color=INK, lw=0.8, ls=":")
             axes.set_xlabel(label)
+            axes.tick_params(axis="y", length=0)
             axes.grid(axis="x")
         panels[0].set_ylabel("where QLoRA's adapter starts")
         panels[0].set_yticks(range(len(LABELS)), list(LABELS.values()))
         panels[0].set_ylim(len(LABELS) - 0.5, -0.5)
-        panels[0].tick_params(axis="y", length=0)
 
 
 if __name__ == "__main__":
