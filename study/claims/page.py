@@ -12,15 +12,21 @@ from study.claims import (
     expressive,
     formats,
     idle_rank,
+    layers,
     learning_rates,
     memory,
+    sparsity,
     step_times,
+    storage,
+    trained_verdicts,
     verdicts,
+    won_back,
 )
 
 PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
 SCRIPTS = (expressive, idle_rank, formats, memory, channels, step_times, learning_rates)
-WORDS = vars(verdicts) | vars(cost_verdicts)
+SCRIPTS += (sparsity, won_back, storage, layers)
+WORDS = vars(verdicts) | vars(cost_verdicts) | vars(trained_verdicts)
 
 
 def filled(text):
