@@ -18,11 +18,13 @@ from scipy import stats
 
 from harness.process import fail
 from harness.text import printable
-from report import page, plots, results, tables
-from report.results import SIGN, Group, Pair, Row, in_units, margin_on_scale, natural
+from report import page, plots, results, tables, times
+from report.results import SIGN, Group, Pair, Row, difference_from_scale, margin_on_scale
+from report.results import score_from_scale
 
 SEEDS = 6  # at least as many are needed for a verdict
 NEIGHBORS = 30  # groups of running text; study/article_noise.py compares them with articles
+REPEATS = ("full_data", "longer")  # beginnings of file names, as in study/run.sh
 
 
 def squared_errors(d):
@@ -91,9 +93,9 @@ def detectable(squared, n, m, alpha, studies=20_000):
     """
     rng, freedom = np.random.default_rng(0), (n - 1, m - 1, (n - 1) * (m - 1))
     true = np.maximum(squared, squared[2])  # both include the rest
-    seen = [x * rng.chisquare(df, studies) / df for x, df in zip(true, freedom, strict=True)]
+    drawn = [x * rng.chisquare(df, studies) / df for x, df in zip(true, freedom, strict=True)]
     error = rng.normal(0, combined_error(true, n, m)[0], studies)
-    return float(np.quantile(half_width(seen, n, m, 1 - alpha) - error, 0.8))
+    return float(np.quantile(half_width(drawn, n, m, 1 - alpha) - error, 0.8))
 
 
 def group_neighbors(d):
@@ -126,16 +128,17 @@ def make_row(runs, label, tested, machine):
     for run in runs:
         by_seed.setdefault(run.seed, {})[run.lr] = run
         for key in sorted(run.settings | first.settings):
-            one, other = first.settings.get(key), run.settings.get(key)
-            if one != other:
+            values = [x.settings.get(key) for x in (first, run)]
+            if values[0] != values[1]:
                 files = f"{printable(first.file, 120)} and {printable(run.file, 120)}"
-                values = f"{printable(key)} is {results.shown(one)} and {results.shown(other)}"
-                fail(f"{files} are both {printable(run.name)}, but {values}; --name parts them")
+                values = " and ".join(map(results.shown, values))
+                same_name = f"{files} have the same name, {printable(run.name)}, but "
+                fail(f"{same_name}{printable(key)} is {values}; give one of them another --name")
     lrs, seeds = common_lrs(by_seed)
     tried = {lr: [by_seed[seed][lr] for seed in seeds] for lr in lrs}
-    alive = {lr: [run for run in tried[lr] if not run.diverged] for lr in lrs}
+    finished = {lr: [run for run in tried[lr] if not run.diverged] for lr in lrs}
     picked = {}  # of equal dev scores that of the smallest learning rate
-    for run in (run for lr in lrs for run in alive[lr]):
+    for run in (run for lr in lrs for run in finished[lr]):
         best = picked.setdefault(run.seed, run)
         picked[run.seed] = run if SIGN[task] * run.dev > SIGN[task] * best.dev else best
     picked = dict(sorted(picked.items()))
@@ -143,17 +146,18 @@ def make_row(runs, label, tested, machine):
     mean, half = (np.mean(scores) if picked else math.nan), math.nan
     if len(scores) > 1:
         half = stats.t.ppf(0.975, len(scores) - 1) * stats.sem(scores)
-    lost, extra = sorted(by_seed.keys() - seeds), sorted({run.lr for run in runs}.difference(lrs))
-    left_out = [f"seed {seed} lacks learning rates" for seed in lost]
-    left_out += [f"learning rate {lr:g} lacks seeds" for lr in extra]
-    diverged = {lr: len(seeds) - len(alive[lr]) for lr in lrs}
+    incomplete, extra = sorted(by_seed.keys() - seeds), {run.lr for run in runs}.difference(lrs)
+    left_out = [f"seed {seed} lacks learning rates" for seed in incomplete]
+    left_out += [f"learning rate {lr:g} lacks seeds" for lr in sorted(extra)]
+    diverged = {lr: len(seeds) - len(finished[lr]) for lr in lrs}
     left_out += [f"{count} diverged at {lr:g}" for lr, count in diverged.items() if count]
-    interval = [natural(x, task) for x in (mean - half, mean + half)]
-    dev = {lr: [natural(run.dev, task) for run in alive[lr]] for lr in lrs}
-    test = {lr: natural(np.mean([x.test for x in alive[lr]]), task) for lr in lrs if alive[lr]}
+    interval = [score_from_scale(x, task) for x in (mean - half, mean + half)]
+    dev = {lr: [score_from_scale(run.dev, task) for run in finished[lr]] for lr in lrs}
+    test = {lr: np.mean([run.test for run in finished[lr]]) for lr in lrs if finished[lr]}
+    test = {lr: score_from_scale(x, task) for lr, x in test.items()}
     costs = results.mean_costs(list(picked.values()), runs, machine)
     split_keys = {seed: {run.split_key for run in by_seed[seed].values()} for seed in picked}
-    score = natural(mean, task), interval, dev, test
+    score = score_from_scale(mean, task), interval, dev, test
     return Row(label, first, tested, lrs, *score, costs, left_out, picked, split_keys)
 
 
@@ -171,16 +175,18 @@ def difference(a, b, task, margin):
     bound = margin_on_scale(margin, task)
     pair.p_seeds, pair.p, pair.equal = (x.item() for x in judge(mean, squared, n, m, bound))
     halves = {
-        "95 %, both": half_width(squared, n, m),
-        "95 %, seeds": stats.t.ppf(0.975, n - 1) * math.sqrt(squared[0]),
-        "95 %, examples": stats.t.ppf(0.975, m - 1) * math.sqrt(squared[1]),
-        "90 %, both": half_width(squared, n, m, 0.9),
+        "95 % interval": half_width(squared, n, m),
+        "95 %, seeds only": stats.t.ppf(0.975, n - 1) * math.sqrt(squared[0]),
+        "95 %, examples only": stats.t.ppf(0.975, m - 1) * math.sqrt(squared[1]),
+        "90 % interval": half_width(squared, n, m, 0.9),
     }
-    spans = {key: (mean - half, mean + half) for key, half in halves.items()}
-    pair.intervals = {key: [in_units(x, task) for x in span] for key, span in spans.items()}
-    pair.mean, pair.each = in_units(mean, task), [in_units(x, task) for x in d.mean(1)]
+    ends = {key: (mean - half, mean + half) for key, half in halves.items()}
+    pair.intervals = {key: [difference_from_scale(x, task) for x in ends[key]] for key in ends}
+    pair.mean = difference_from_scale(mean, task)
+    pair.each = [difference_from_scale(x, task) for x in d.mean(1)]
     pair.ahead = (a if mean * SIGN[task] > 0 else b).label
-    pair.lead = [in_units(abs(mean) + halves["95 %, both"] * x, task) for x in (0, -1, 1)]
+    lead = [abs(mean) + halves["95 % interval"] * sign for sign in (0, -1, 1)]
+    pair.lead = [difference_from_scale(x, task) for x in lead]
     pair.variation = squared, n, m
     return pair
 
@@ -208,13 +214,13 @@ def judge_pairs(rows, task, margin):
     return pairs
 
 
-def weakest(pairs, task):
+def least_certain(pairs, task):
     """(detectable() in units, Pair) of the judged pair for which it is largest, or None."""
     judged = [pair for pair in pairs if pair.verdict != "none"]
     alpha = 0.05 / max(1, len(pairs))  # Holm's strictest step
     sizes = [detectable(*pair.variation, alpha) for pair in judged]
     worst = max(zip(sizes, judged, strict=True), key=lambda x: x[0], default=None)
-    return worst and (in_units(worst[0], task), worst[1])
+    return worst and (difference_from_scale(worst[0], task), worst[1])
 
 
 def group_runs(runs):
@@ -230,13 +236,32 @@ def group_runs(runs):
     return sorted(groups, key=results.group_order)
 
 
+def with_repeats(groups):
+    """[(study, its repeats)] of lists of comparable runs.
+
+    A repeat is shown beside the study of its data set and base: it trains on all data, or for
+    longer, and is read from a file named in REPEATS. Its learning rates are those that the study
+    chose, so it has no verdict of its own.
+    """
+    studies = [(runs, []) for runs in groups if not runs[0].path.name.startswith(REPEATS)]
+    alone = []
+    for runs in (runs for runs in groups if runs[0].path.name.startswith(REPEATS)):
+        base = runs[0].dataset, runs[0].model
+        fitting = [x for study, x in studies if (study[0].dataset, study[0].model) == base]
+        if fitting:
+            fitting[0].append(runs)
+        else:
+            alone.append((runs, []))
+    return studies + alone
+
+
 def analyze(runs, title, margin=None):
     """The Group of these comparable runs; margin: None is the default of its task."""
     task, by_row, machines = runs[0].task, {}, [run.machine for run in runs]
     margin = margin or results.MARGIN[task]
     for run in runs:
         by_row.setdefault((run.untrained, run.method, run.name), []).append(run)
-    by_row = {own[0]: own for own in by_row.values()}
+    by_row = {row_runs[0]: row_runs for row_runs in by_row.values()}
     machine = max(sorted(set(machines)), key=machines.count)
     firsts = sorted(by_row, key=results.row_order)
     tested = results.tested_runs(firsts)
@@ -246,16 +271,16 @@ def analyze(runs, title, margin=None):
     rows = {run: make_row(by_row[run], labels[run], run in tested, machine) for run in firsts}
     cautions = tables.cautions(list(rows.values()), task, margin)
     rows = {run: row for run, row in rows.items() if row.picked}
-    stands_for = {kind: rows.get(run) for kind, run in reference.items()}
-    lora, versus_lora, parents = stands_for.get("LoRA"), {}, []
+    reference_rows = {kind: rows.get(run) for kind, run in reference.items()}
+    lora, versus_lora, parents = reference_rows.get("LoRA"), {}, []
     for run, row in rows.items():
         if lora and row is not lora and not run.untrained:
             versus_lora[row.label] = difference(row, lora, task, margin)
         for kind in results.PARENTS.get(run.kind, [run.kind]):
-            if stands_for.get(kind) not in (None, row, lora) and not run.untrained:
-                parents.append(difference(row, stands_for[kind], task, margin))
+            if reference_rows.get(kind) not in (None, row, lora) and not run.untrained:
+                parents.append(difference(row, reference_rows[kind], task, margin))
     rows, pairs = list(rows.values()), judge_pairs(rows.values(), task, margin)
-    compared = rows, pairs, lora, versus_lora, parents, weakest(pairs, task)
+    compared = rows, pairs, lora, versus_lora, parents, least_certain(pairs, task)
     return Group(title, task, margin, *compared, cautions, runs)
 
 
@@ -267,19 +292,25 @@ def main(argv=None):
     add("paths", type=Path, nargs="+", help="folders (their *.json and *.jsonl) or such files")
     add("--out", type=Path, help="folder for README.md and plots (default: the first path's)")
     add("--margin", type=float, help="a small difference: points, or percent of the perplexity")
-    add("--price", type=float, help="of an accelerator hour: adds what GPU runs cost")
+    add("--price", type=float, help="of a GPU's hour: adds what the tuning on a GPU costs")
     add("--fill", type=Path, nargs="+", default=[], help="pages with <!-- table --> marks to renew")
     add("--no_plots", action="store_true", help="write the page without plots")
     args = parser.parse_args(argv)
     if args.margin is not None and not 0 < args.margin < 100:
         fail(f"--margin {args.margin:g}: give more than 0 and less than 100")
-    runs, skipped = results.load(args.paths, args.price)
-    grouped = group_runs(runs)
-    titles = results.titles(grouped)
-    groups = [analyze(own, title, args.margin) for own, title in zip(grouped, titles, strict=True)]
+    if args.price is not None and not 0 < args.price < math.inf:
+        fail(f"--price {args.price:g}: give a positive number")
+    runs, skipped = results.load(args.paths)
+    measurements = times.load(args.paths, skipped)
+    studies = with_repeats(group_runs(runs))
+    titles = results.titles([study for study, _ in studies])
+    groups = [analyze(x, title, args.margin) for (x, _), title in zip(studies, titles, strict=True)]
+    for group, (_, repeats) in zip(groups, studies, strict=True):
+        group.repeats = [analyze(x, group.title, args.margin) for x in repeats]
+        group.times = times.of_group(group, measurements, args.price)
     out = args.out or (args.paths[0] if args.paths[0].is_dir() else args.paths[0].parent)
     page.check(out, args.fill)
-    drawn = [[] for group in groups] if args.no_plots else plots.draw(groups, out)
+    drawn = [([], []) for group in groups] if args.no_plots else plots.draw(groups, out)
     page.write_page(out, groups, skipped, drawn)
     page.fill(args.fill, groups)
     print(page.terminal(groups, out / "README.md"))

@@ -4,32 +4,16 @@ import re
 import secrets
 import shlex
 from collections import Counter
+from pathlib import Path
 
 from harness.process import fail
 from harness.text import escaped, printable
 from report import tables
 from report.results import DEMOS, SIGN
+from report.times import cost_tables
 
 HEAD = "# Results\n\nWritten by compare.py from the result files; do not edit.\n"
-READ = """<details><summary>How to read this page</summary>
-
-For each seed we pick the learning rate with the best dev score and use that run's test score. So
-every number includes the variance from tuning. *Same settings* is the mean test score at LoRA's
-best learning rate, where a method ran it. *minus LoRA* is the mean difference over the seeds that
-both methods ran. Its 95 % interval includes two variances: training again (seeds) and other test
-examples (of running text: groups of neighbors). A score's own interval is over seeds alone.
-
-*Better*: p < 0.05 after Holm's correction; p is the larger one of the paired t-test over seeds and
-the test over both variances. *Equal*: the 90 % intervals lie inside the margin. *Undecided*:
-neither. If no methods differ, at most 5 % of studies call one better; if a pair differs by the
-margin, at most 5 % call it equal. Both hold for roughly normal variation over seeds: a method that
-failed at one seed in twenty was called equal in 74 % of studies, so seeds far out are named.
-
-Memory is counted: live tensors at the peak of a training step on the largest batch. Memory and
-times are of the machine of most runs, in part of other runs of a seed. A shared machine drifts.
-
-</details>
-"""
+READ = Path(__file__).with_name("how_to_read.md").read_text("utf-8")  # ends the page
 PIPELINE = """from transformers import pipeline
 
 classify = pipeline("text-classification", "my-model")
@@ -78,24 +62,24 @@ def next_step(group):
     """(sentences, command, Python) to go on with; none where no tested method has runs."""
     if not any(row.tested for row in group.rows):
         return [], "", ""
-    (row, why), said = recommend(group), []
+    (row, why), texts = recommend(group), []
     run = max(row.picked.values(), key=lambda run: SIGN[group.task] * run.dev)
     share, size = run.majority, run.sizes["test"]
     if share and row.score < 100 * (share + 2 * (share * (1 - share) / size) ** 0.5):
         low = f"Look at the data first: the score, {row.score:.2f} %, is no better than always "
-        said = [f"{low}answering the largest class, {100 * share:.2f} % of the test examples."]
+        texts = [f"{low}answering the largest class, {100 * share:.2f} % of the test examples."]
     costs = [f"{head} {text}" for head, text in tables.main_costs(row).items() if text]
-    said.append(f"Use {row.label}. {why} It costs: {', '.join(costs)}.")
+    texts.append(f"Use {row.label}. {why} It costs: {', '.join(costs)}.")
     verdicts = {pair.verdict for pair in group.pairs}
     if "none" in verdicts:
-        said.append("This is a first impression: not every pair has a verdict.")
+        texts.append("This is a first impression: not every pair has a verdict.")
     if "undecided" in verdicts:
-        finds = f"this study detects differences of {tables.detected(group)} or more.{tables.PLAN}"
-        said.append(f"Some pairs are undecided: {finds}")
+        size = f"This study detects differences of {tables.detected(group)} or more."
+        texts.append(f"Some pairs are undecided. {size}{tables.PLAN}")
     stem = f"results/{run.dataset}-{run.name}-{run.model}-lr{run.lr:g}-seed{run.seed}"
     stem = str(run.path.with_suffix("")) if run.path.suffix == ".json" else stem
     command = f"python {row.run.method}.py --eval_only {shlex.quote(printable(stem, 500))}"
-    return said, f"{command} --export my-model", CODE[group.task]
+    return texts, f"{command} --export my-model", CODE[group.task]
 
 
 def markdown(table):
@@ -105,12 +89,12 @@ def markdown(table):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def sentences(group):
+def verdicts(group):
     """Verdicts and cautions as a list in Markdown."""
-    said = [*tables.verdicts(group), *(("", caution) for caution in group.cautions)]
-    bold = [f"**{escaped(start, 1000)}**" * bool(start) for start, _ in said]
-    said = zip(bold, said, strict=True)
-    return "\n".join(f"- {start}{escaped(rest, 10_000)}" for start, (_, rest) in said)
+    parts = [*tables.verdicts(group), *(("", caution) for caution in group.cautions)]
+    starts = [f"**{escaped(start, 1000)}**" * bool(start) for start, _ in parts]
+    parts = zip(starts, parts, strict=True)
+    return "\n".join(f"- {start}{escaped(rest, 10_000)}" for start, (_, rest) in parts)
 
 
 def pairs(group):
@@ -120,47 +104,61 @@ def pairs(group):
     return markdown(tables.pair_table([*group.pairs, *others, *group.parents]))
 
 
-def tuned(group):
-    """Means and settings of the tuned runs, how much was run, and where."""
+def means(group):
+    """Means of the tuned runs, how much was run, and where."""
     run, hours = group.runs[0], sum(run.seconds for run in group.runs) / 3600
     sizes = ", ".join(f"{count:,} {split}" for split, count in run.sizes.items())
-    said = f"{len(group.runs):,} runs, {hours:.1f} hours of training; examples: {sizes}"
+    text = f"{len(group.runs):,} runs, {hours:.1f} hours of training; examples: {sizes}"
     machines = Counter(run.machine for run in group.runs).most_common()
     machines = "; ".join(f"{count} runs on {escaped(machine, 100)}" for machine, count in machines)
-    return f"{markdown(tables.means_table(group))}\n\n{said}. {machines}."
+    return f"{markdown(tables.means_table(group))}\n\n{text}. {machines}."
 
 
 def next_block(group):
     """What to do next, in Markdown."""
-    said, command, code = next_step(group)
-    said = "\n".join(f"- {escaped(text, 10_000)}" for text in said)
-    return f"{said}\n\n```bash\n{command}\n```\n\n```python\n{code}\n```" if said else ""
+    texts, command, code = next_step(group)
+    texts = "\n".join(f"- {escaped(text, 10_000)}" for text in texts)
+    return f"{texts}\n\n```bash\n{command}\n```\n\n```python\n{code}\n```" if texts else ""
+
+
+def costs(group):
+    """Where the times were measured, a table of training and one of inference."""
+    if not group.times:
+        return "Times were not measured: `--timing` adds them to a run."
+    source = group.times.source
+    if not any("gpu_hours" in numbers for numbers in group.times.training.values()):
+        source += " GPU hours and money: not measured, because no GPU ran."
+    return "\n\n".join([escaped(source, 2000), *map(markdown, cost_tables(group.times))])
 
 
 SECTIONS = {  # blocks of other pages, by the name in their marks
-    "verdicts": sentences,
+    "verdicts": verdicts,
     "table": lambda group: markdown(tables.main_table(group)),
     "next": next_block,
+    "costs": costs,
     "pairs": pairs,
 }
 FOLDED = {  # below the plots
-    "Dev score at each learning rate": lambda group: markdown(tables.lr_table(group)),
     "Every pair": pairs,
-    "Scores, costs and settings of the tuned runs": tuned,
+    "Scores, costs and sizes of the tuned runs": means,
 }
 NAMES = "|".join(SECTIONS)
 MARK = re.compile(rf"(<!-- ({NAMES})(?: (\S+))? -->(\r?\n)).*?(<!-- /\2 -->)", re.DOTALL)
 
 
-def group_page(group, drawn):
-    """A group's part of the page: verdicts, table, next step, plots, and the rest folded."""
+def group_page(group, files):
+    """A group's part of the page: verdicts, table, next step, plots, costs, the rest folded."""
     parts = [f"## {escaped(group.title, 200)}"]
     if group.runs[0].dataset in DEMOS:
         parts.append("Generated text, to see everything work. It says nothing about real data.")
-    parts += [sentences(group), SECTIONS["table"](group)]
+    parts += [verdicts(group), SECTIONS["table"](group)]
+    for repeat in group.repeats:
+        parts.append("### Does the order hold with other settings?")
+        parts += [escaped(tables.does_order_hold(group, repeat), 2000), SECTIONS["table"](repeat)]
     if step := next_block(group):
         parts.append(f"### What to do next\n\n{step}")
-    parts += [f"![{escaped(words, 200)}]({file})" for file, words in drawn]
+    images = [[f"![{escaped(title, 200)}]({file})" for file, title in part] for part in files]
+    parts += [*images[0], f"### What it costs\n\n{costs(group)}", *images[1]]
     for summary, block in FOLDED.items():
         if text := block(group):
             parts.append(f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>")
@@ -183,8 +181,8 @@ def check(folder, files):
 
 
 def write_page(folder, groups, skipped, drawn):
-    """Write folder/README.md; drawn: for each group its plots as [(file, words)]."""
-    parts = [group_page(group, own) for group, own in zip(groups, drawn, strict=True)]
+    """Write folder/README.md; drawn: for each group the (file, title) of its plots, see draw()."""
+    parts = [group_page(group, files) for group, files in zip(groups, drawn, strict=True)]
     if skipped:
         parts.append("## Skipped\n\n" + "\n".join(f"- {escaped(x, 400)}" for x in skipped))
     write(folder / "README.md", "\n\n".join([HEAD.strip(), *parts, READ]).encode())
@@ -194,14 +192,13 @@ def terminal(groups, path):
     """Verdicts and table of each group, where the page is, and what to do next, as plain text."""
     parts, steps = [], []
     for group in groups:
-        said = ["".join(sentence) for sentence in tables.verdicts(group)] + group.cautions
-        said = "\n".join(f"- {sentence}" for sentence in said)
-        parts += [f"== {group.title}", said, tables.plain(tables.main_table(group))]
-        said, command, code = next_step(group)
-        if said:
-            steps.append(
-                "\n".join([f"What to do next, {group.title}:", *said, "", command, "", code])
-            )
+        lines = ["".join(sentence) for sentence in tables.verdicts(group)] + group.cautions
+        lines = "\n".join(f"- {line}" for line in lines)
+        parts += [f"== {group.title}", lines, tables.plain(tables.main_table(group))]
+        texts, command, code = next_step(group)
+        if texts:
+            step = [f"What to do next, {group.title}:", *texts, "", command, "", code]
+            steps.append("\n".join(step))
     return "\n\n".join([*parts, f"The whole page: {path}", *steps])
 
 

@@ -6,6 +6,7 @@ its method's color and a hollow marker. matplotlib is imported where it draws.
 
 import contextlib
 import io
+import math
 import re
 import textwrap
 import warnings
@@ -28,7 +29,8 @@ LOOKS = {  # a method's color and marker
     "hybrid": ("#8a6fe0", "v"),
 }
 INK, FAINT = "#7a828c", "#8a929c40"  # text; grids and areas behind
-PARTS = (  # of memory: words, keys in a result file, color
+QUARTILES = [0.25, 0.5, 0.75]
+PARTS = (  # of memory: label, keys in a result file, color
     ("frozen weights", ("frozen weights",), "#565f6b"),
     ("trained weights", ("trained weights",), "#e0574f"),
     ("optimizer and gradients", ("optimizer", "gradients"), "#8f99a6"),
@@ -88,17 +90,17 @@ def forest(group, path):
     pairs = {row: pair for row, pair in pairs.items() if pair and pair.each}
     if not pairs:
         return None
-    note = "Thick: 95 % interval over seeds; thin: over test examples, too; dots: seeds; "
+    note = "Thick line: 95 % interval over seeds; thin: over test examples, too; dots: seeds; "
     margin = tables.amount(group, f"{group.margin:g}")
     note += f"gray: within the margin of {margin}."
-    with canvas(path, tables.versus_lora(group), group, note, 0.8 + 0.42 * len(pairs)) as figure:
+    with canvas(path, "Difference from LoRA", group, note, 0.8 + 0.42 * len(pairs)) as figure:
         axes = figure.subplots()
         axes.axvspan(-group.margin, group.margin, color=FAINT, lw=0)
         axes.axvline(0, color=LOOKS["lora"][0], lw=1.5)
         for y, (row, pair) in enumerate(pairs.items()):
             color = look(row)["color"]
-            axes.plot(pair.intervals["95 %, both"], [y, y], color=color, lw=1.2)
-            axes.plot(pair.intervals["95 %, seeds"], [y, y], color=color, lw=4.5, alpha=0.55)
+            axes.plot(pair.intervals["95 % interval"], [y, y], color=color, lw=1.2)
+            axes.plot(pair.intervals["95 %, seeds only"], [y, y], color=color, lw=4.5, alpha=0.55)
             axes.plot(pair.each, [y + 0.27] * len(pair.each), ".", color=color, ms=5, alpha=0.7)
             axes.plot(pair.mean, y, ms=9, **look(row))
             text = f"{pair.mean:+.2f}".replace("-", "−")
@@ -121,12 +123,10 @@ def lr(group, path):
     most = max(np.nanmax(mean) - np.nanmin(mean) for mean in means.values())
     unit = "points" if group.task == "classification" else "in perplexity"
     title = f"The learning rate moves the dev score by up to {most:,.1f} {unit}"
-    note, lines = (
-        "Line: mean over seeds; band: worst to best seed; dotted: best.",
-        -(-len(rows) // 4),
-    )
+    note = "Line: mean over seeds; band: worst to best seed; dotted: best mean."
+    lines = math.ceil(len(rows) / 4)
     with canvas(path, title, group, note, 0.5 + 2.2 * lines) as figure:
-        panels = figure.subplots(lines, -(-len(rows) // lines), sharey=True, squeeze=False)
+        panels = figure.subplots(lines, math.ceil(len(rows) / lines), sharey=True, squeeze=False)
         for axes, row in zip(panels.flat, rows, strict=False):
             color, best = look(row)["color"], np.nanargmax(SIGN[group.task] * means[row])
             axes.plot(row.lrs, means[row], ms=5, **look(row))
@@ -162,11 +162,11 @@ def memory(group, path):
     note = "Counted at the peak of a training step on the largest batch."
     with canvas(path, title, group, note, 1.1 + 0.36 * len(rows)) as figure:
         axes, left = figure.subplots(), np.zeros(len(rows))
-        for words, keys, color in PARTS:
-            held = [[row.costs.get(f"memory.train.{key}", 0) for key in keys] for row in rows]
-            held = np.sum(held, 1) / 2**20
-            axes.barh(range(len(rows)), held, left=left, color=color, label=words, height=0.62)
-            left = left + held
+        for label, keys, color in PARTS:
+            sizes = [[row.costs.get(f"memory.train.{key}", 0) for key in keys] for row in rows]
+            sizes = np.sum(sizes, 1) / 2**20
+            axes.barh(range(len(rows)), sizes, left=left, color=color, label=label, height=0.62)
+            left = left + sizes
         for y, size in enumerate(left):
             axes.text(size + max(left) / 100, y, f"{size:,.0f}", va="center")
         name_rows(axes, rows)
@@ -176,14 +176,79 @@ def memory(group, path):
     return f"Memory in training, {group.title}"
 
 
+def training_time(group, path):
+    """Seconds of a tuned run as bars: the median, the quartiles, and the test score beside it."""
+    measured = group.times.training if group.times else {}
+    rows = [row for row in group.rows if row.label in measured]
+    if not rows:
+        return None
+    seconds = [np.quantile(measured[row.label]["run_seconds"], QUARTILES) for row in rows]
+    low, middle, high = np.transpose(seconds)
+    title, score = "Seconds to train once, and the test score", tables.SCORES[group.task]
+    note = f"Bar: median of the rounds or seeds; line: quartiles; number: {score}."
+    with canvas(path, title, group, note, 0.8 + 0.36 * len(rows)) as figure:
+        axes, colors = figure.subplots(), [look(row)["color"] for row in rows]
+        error = [middle - low, high - middle]
+        axes.barh(range(len(rows)), middle, xerr=error, color=colors, ecolor=INK, height=0.62)
+        for y, row in enumerate(rows):
+            axes.text(high[y] + max(high) / 100, y, f"{row.score:.2f}", va="center")
+        name_rows(axes, rows)
+        axes.set_xlim(right=1.12 * max(high))
+        axes.set_xlabel("seconds per tuned run")
+    return f"Training time and score, {group.title}"
+
+
+def trade_off(group, path):
+    """The test score over the seconds of a tuned run, and over the milliseconds of one example."""
+    measured = group.times.training if group.times else {}
+    rows = [row for row in group.rows if row.label in measured and row.run.method != "head_only"]
+    if not rows:
+        return None
+    title = "The test score over training time and over latency"
+    note = "Marker: median; line: quartiles. Right: filled is merged or without an adapter, hollow "
+    note += "is not merged. Head only is far below and left out."
+    with canvas(path, title, group, note, 3.6) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for row in rows:
+            style, label = look(row), wrapped(row.label, 24)
+            states = {
+                state: x
+                for (name, state), x in group.times.inference.items()
+                if name == row.label and "p50_ms" in x
+            }
+            if "merged" in states:
+                states.pop("base", None)  # the base without the adapter
+            points = [(left, measured[row.label]["run_seconds"], style["mfc"])]
+            for state, numbers in states.items():
+                face = "none" if state == "unmerged" else style["color"]
+                points.append((right, numbers["p50_ms"], face))
+            for axes, numbers, face in points:
+                low, middle, high = np.quantile(numbers, QUARTILES)
+                axes.plot([low, high], [row.score] * 2, color=style["color"], lw=1.2)
+                axes.plot(middle, row.score, ms=9, ls="", label=label, **style | {"mfc": face})
+        left.set_xlabel("seconds per tuned run")
+        right.set_xlabel("milliseconds for one example")
+        left.set_ylabel(f"test {tables.SCORES[group.task]}")
+        for axes in (left, right):
+            axes.grid()
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return f"Test score over training time and latency, {group.title}"
+
+
 def draw(groups, folder):
-    """Each group's plots, where there is something to draw: [[(file, words)] per group]."""
+    """Each group's plots, where there is something to draw: of scores and of costs, both lists of
+    (file, title).
+    """
     used, drawn = [], []
     for run, group in ((group.runs[0], group) for group in groups):
         stem = re.sub(r"[^a-z0-9.]+", "-", f"{run.dataset}-{run.model}".lower())[:100]
         names = [stem, *(f"{stem}-{number}" for number in range(2, len(groups) + 1))]
         used.append(next(name for name in names if name not in used))
-        files = {f"{used[-1]}-{plot.__name__}.png": plot for plot in (forest, lr, memory)}
-        own = [(file, plot(group, folder / file)) for file, plot in files.items()]
-        drawn.append([(file, words) for file, words in own if words])
+        parts = []
+        for functions in ((forest, lr), (memory, training_time, trade_off)):
+            names = {plot: plot.__name__.replace("_", "-") for plot in functions}
+            files = {f"{used[-1]}-{name}.png": plot for plot, name in names.items()}
+            titles = [(file, plot(group, folder / file)) for file, plot in files.items()]
+            parts.append([(file, title) for file, title in titles if title])
+        drawn.append(parts)
     return drawn

@@ -1,4 +1,4 @@
-"""Result files in, runs out, with every field checked, so that nothing later fails on it.
+"""Result files in, runs out; every field is checked here, so that nothing fails on it later.
 
 On the scale of comparison a difference of 1 is about 1 percent: it is the percentage of right
 answers, or 100·ln(perplexity).
@@ -22,7 +22,7 @@ METHODS = {"head_only": "Head only", "full": "Full fine-tuning", "lora": "LoRA",
 METHODS |= {"hira": "HiRA", "sparse_lora": "Sparse LoRA", "contextual_lora": "Contextual LoRA"}
 METHODS |= {"hybrid": "QHiRA"}  # in the order of every table
 TESTED = ("lora", "qlora", "hira", "sparse_lora")
-PARENTS = {"QHiRA": ("QLoRA", "HiRA"), "Sparse QLoRA": ("QLoRA", "Contextual LoRA")}
+PARENTS = {"QHiRA": ("QLoRA", "HiRA"), "Contextual QLoRA": ("QLoRA", "Contextual LoRA")}
 DATASETS = {"sst2": "SST-2", "imdb": "IMDB", "wikitext2": "WikiText-2"}
 DEMOS = {"demo": "Demo", "demo_lm": "Demo text"}
 METRICS = {"classification": "accuracy", "mlm": "mlm_perplexity", "clm": "causal_perplexity"}
@@ -34,7 +34,9 @@ FREE |= {"dev_samples", "batch_size", "eval_batch_size", "grad_accum"}
 # Settings that an untrained model ignores.
 TRAINING = {"epochs", "max_steps", "head_lr", "warmup", "weight_decay", "base_dropout"}
 ADAPTER = {"rank", "alpha", "dropout", "targets"}  # methods are tested where these are equal
-ANYWHERE = ("metrics", "parameters", "sparsity", "flops", "disk")  # hardly depend on the device
+NUMERIC = TRAINING | {"rank", "alpha", "dropout", "batch_size", "grad_accum", "max_length"}
+NUMERIC |= {"heldout", "sparsity", "channel_sparsity", "penalty"}
+MACHINE_FREE = ("metrics", "parameters", "sparsity", "flops", "disk")  # hardly depend on the device
 
 
 @dataclass(eq=False)
@@ -45,7 +47,7 @@ class Run:
     path: Path  # where it was read
     created: str  # date and time
     method: str  # as METHODS has it
-    kind: str  # the method in words; a hybrid's depends on its settings
+    kind: str  # the method's name in tables; a hybrid's depends on its settings
     name: str  # of its row: the method and its changed flags, or the user's --name
     default: bool  # whether that is the name without changed flags
     dataset: str
@@ -65,8 +67,9 @@ class Run:
     budget_key: str  # and how much they train
     split_key: str  # equal for runs with the same training and dev examples
     seconds: float  # of training
-    costs: dict  # {dotted path in the result: number}, scores too; times if inference was timed
+    costs: dict  # {dotted path in the result: number}, scores too; times only with --timing
     machine: str  # the device's name, torch and transformers
+    gpu: bool
     bf16: bool
 
 
@@ -83,7 +86,7 @@ class Row:
     dev: dict  # {learning rate: dev scores, one per seed that did not diverge}
     test: dict  # {learning rate: mean test score}
     costs: dict  # {dotted path: mean over the picked runs}
-    left_out: list  # in words: seeds, learning rates and runs that do not count
+    left_out: list  # sentences: seeds, learning rates and runs that do not count
     picked: dict  # {seed: its Run with the best dev score}
     split_keys: dict  # {seed: the split_key of each of its runs}
 
@@ -97,7 +100,7 @@ class Pair:
     seeds: list
     mean: float = math.nan
     each: list = ()  # a difference per seed; empty below two seeds
-    intervals: dict = None  # over "95 %, both", "95 %, seeds", "95 %, examples", "90 %, both"
+    intervals: dict = None  # "95 % interval", "95 %, seeds only" or "examples only", "90 % …"
     ahead: str = ""  # the label with the better mean, and by how much: mean, 95 % interval
     lead: list = ()
     p_seeds: float = math.nan  # of the t-test over seeds; then of both tests, and Holm's
@@ -125,10 +128,12 @@ class Group:
     detectable: tuple | None  # (difference that 80 % of studies find, Pair that varies most)
     cautions: list
     runs: list  # never empty
+    times: object = None  # a report.times.Times, where times were measured
+    repeats: list = ()  # Groups with one learning rate each: more data, or longer training
 
 
 def shown(value):
-    """A setting's value in words: 0.5, "query-value"."""
+    """A setting's value as text: 0.5, "query-value"."""
     parts = value if isinstance(value, list) else [value]
     return printable("-".join(f"{x:g}" if isinstance(x, float) else str(x) for x in parts))
 
@@ -179,30 +184,34 @@ def group_order(runs):
     return run.dataset in DEMOS, place, run.dataset, -len(runs), run.data_key, run.budget_key
 
 
+def facts(run):
+    """{name: value} of what comparable runs share."""
+    return json.loads(run.data_key) | json.loads(run.budget_key)
+
+
 def titles(groups):
     """A title for each list of comparable runs; equal ones get what the groups differ in."""
-    runs, full = [runs[0] for runs in groups], []
-    facts = {run: json.loads(run.data_key) | json.loads(run.budget_key) for run in runs}
+    runs, texts = [runs[0] for runs in groups], []
     for run in runs:
-        alike = [facts[x] for x in runs if (x.dataset, x.model) == (run.dataset, run.model)]
-        differ = [key for key in facts[run] if len({str(x.get(key)) for x in alike}) > 1]
-        differ = ", ".join(printable(f"{key} {facts[run][key]}", 20) for key in differ)
+        same = [facts(x) for x in runs if (x.dataset, x.model) == (run.dataset, run.model)]
+        differ = [key for key in facts(run) if len({str(x.get(key)) for x in same}) > 1]
+        differ = ", ".join(printable(f"{key} {facts(run)[key]}", 20) for key in differ)
         name = (DATASETS | DEMOS).get(run.dataset, printable(run.dataset))
-        full.append(f"{name} with {printable(run.model)}" + (f" ({differ})" if differ else ""))
-    return full
+        texts.append(f"{name} with {printable(run.model)}" + (f" ({differ})" if differ else ""))
+    return texts
 
 
-def on_scale(score, task):
+def score_on_scale(score, task):
     """A score on the scale of comparison: percent, or 100·ln(perplexity)."""
     return 100 * score if task == "classification" else 100 * math.log(score)
 
 
-def natural(x, task):
+def score_from_scale(x, task):
     """A score from that scale: percent of right answers, or the perplexity."""
     return float(x if task == "classification" else math.exp(min(x / 100, 700)))
 
 
-def in_units(x, task):
+def difference_from_scale(x, task):
     """A difference on that scale: in points of accuracy, or in percent of the perplexity."""
     return float(x if task == "classification" else 100 * math.expm1(min(x / 100, 700)))
 
@@ -212,10 +221,10 @@ def margin_on_scale(margin, task):
     return margin if task == "classification" else 100 * math.log1p(margin / 100)
 
 
-def number(x):
-    """A finite number of a result as a float; refuses anything else."""
+def number(x, name):
+    """A finite number of a result as a float; refuses anything else. name: for the message."""
     if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
-        raise ValueError(f"{printable(x)} where a finite number belongs")
+        raise ValueError(f"{name} is {printable(x)}, not a finite number")
     return float(x)
 
 
@@ -233,30 +242,46 @@ def numbers(tree, path):
 
 def read_costs(r):
     """{dotted path: number} of a result's scores and costs, with the peaks of memory."""
-    trees = {key: r[key] for key in (*ANYWHERE, "memory", "time") if key in r}
+    trees = {key: r[key] for key in (*MACHINE_FREE, "memory") if key in r}
     trees["sparsity"] = r["report"].get("sparsity", {})
-    trees["inference"] = {str(timing["batch"]): dict(timing) for timing in r["inference"]}
-    for timing in trees["inference"].values():
-        timing["as trained"] = timing.get("unmerged", timing.get("base"))
+    if r["inference"]:  # without --timing nobody kept the machine quiet
+        trees["time"] = r.get("time", {})
+        trees["inference"] = {str(timing["batch"]): timing for timing in r["inference"]}
     for phase in r["memory"].keys() & {"train", "inference"}:
         peak = sum(numbers(r["memory"][phase], "").values())
         trees["memory"] = trees["memory"] | {phase: {**r["memory"][phase], "peak": peak}}
     return {path: x for key, tree in trees.items() for path, x in numbers(dict(tree), key).items()}
 
 
+def read_settings(r):
+    """A result's settings, each of them None, a bool, a text, a finite number, or a list of these.
+
+    NaN would differ from itself, and "8" from 8 in runs of one row.
+    """
+    settings = dict(r["settings"])
+    if settings.get("targets") is None and r["peft"]:
+        settings["targets"] = r["peft"]["target_modules"]
+    for key, value in settings.items():
+        parts = value if isinstance(value, list) and key not in NUMERIC else [value]
+        for part in parts:
+            if part is not None and (key in NUMERIC or not isinstance(part, bool | str)):
+                number(part, f"the setting {printable(key)}")
+    return settings
+
+
 def example_values(examples, count):
     """(count,) values of the test examples, whose mean is the score on the scale of comparison.
 
-    Right answers are 100, wrong ones 0. Of a perplexity the score is 100·Σ nll / Σ scored, and a
+    Right answers are 100, wrong ones 0. Of a perplexity the score is 100·Σ nll / Σ tokens, and a
     block's value is that plus its part of the error (linearized ratio; Cochran 1977, chapter 6).
     """
     if "correct" in examples:
         bits = np.frombuffer(base64.b64decode(examples["correct"]), np.uint8)
         return 100.0 * np.unpackbits(bits)[:count]
-    nll, scored = (np.array(examples[key], float) for key in ("nll", "scored"))
+    nll, tokens = (np.array(examples[key], float) for key in ("nll", "scored"))
     with np.errstate(all="ignore"):  # what is NaN does not fit the test score
-        loss = nll.sum() / scored.sum()
-        return 100 * (loss + (nll - loss * scored) / scored.mean())
+        loss = nll.sum() / tokens.sum()
+        return 100 * (loss + (nll - loss * tokens) / tokens.mean())
 
 
 def read_run(text, file="", path=Path()):
@@ -274,66 +299,52 @@ def read_run(text, file="", path=Path()):
     names = {key: Path(r[key]).name for key in ("method", "name", "dataset", "model")}
     if not all(0 < len(name) <= 200 for name in names.values()):
         raise ValueError("a name is empty or has more than 200 characters")
-    settings = dict(r["settings"])
-    if settings.get("targets") is None and r["peft"]:
-        settings["targets"] = r["peft"]["target_modules"]
-    parts = [x if isinstance(x, list) else [x] for x in settings.values()]
-    if any(isinstance(x, dict | list) for part in parts for x in part):
-        raise ValueError("a setting is neither a value nor a list of values")
+    settings = read_settings(r)
     method, kind = names["method"], METHODS.get(names["method"], printable(names["method"]))
     if method == "hybrid" and settings["update"] == "contextual":
-        method, kind = "hybrid-contextual", "Sparse QLoRA"
+        method, kind = "hybrid-contextual", "Contextual QLoRA"
     untrained, diverged = bool(r["untrained"]), bool(r["diverged"])
-    sizes = {split: int(number(data[split])) for split in ("train", "dev", "test")}
+    sizes = {split: int(number(data[split], split)) for split in ("train", "dev", "test")}
     dev, test, values = math.nan, math.nan, None
     if not diverged:
-        scores = [number(r["metrics"][split][METRICS[task]]) for split in ("dev", "test")]
+        metric = METRICS[task]
+        scores = [number(r["metrics"][split][metric], metric) for split in ("dev", "test")]
         if min(scores) < 0 or task != "classification" and 0 in scores:
             raise ValueError("a score is negative, or a perplexity zero")
-        dev, test = (on_scale(score, task) for score in scores)
+        dev, test = (score_on_scale(score, task) for score in scores)
         values = example_values(r["test_examples"], sizes["test"])
         if len(values) != sizes["test"] or len(values) < 2 or not abs(values.mean() - test) < 0.01:
             raise ValueError("`test_examples` does not fit the test score")
-    counts = [number(x) for x in (data.get("class_counts") or {}).get("test", [])]
+    counts = (data.get("class_counts") or {}).get("test", [])
+    counts = [number(count, "a class count") for count in counts]
     shared = {"dataset": names["dataset"], "task": task, "base": r["base"]["sha256"]}
     shared |= {"tokens": settings["max_length"], "test": sizes["test"], "of": data["test_sha256"]}
     batch = settings["batch_size"] * settings["grad_accum"] * environment["processes"]
     budget = {key: settings[key] for key in ("epochs", "max_steps", "head_lr")}
-    budget |= {"train": sizes["train"], "dev": sizes["dev"], "batch": int(number(batch))}
-    costs, device = read_costs(r), printable(environment["device"])
-    if not device.startswith("cuda"):
-        device = "cpu"
-        costs.pop("time.accelerator_hours", None)  # a GPU's alone
-    if not r["inference"]:
-        costs = {path: x for path, x in costs.items() if not path.startswith("time")}
+    budget |= {"train": sizes["train"], "dev": sizes["dev"], "batch": int(number(batch, "batch"))}
+    device, gpu = printable(environment["device"]), environment["device"].startswith("cuda")
     versions = [(key, str(environment.get(key)).split(".")) for key in ("torch", "transformers")]
     versions = [f"{key} {printable('.'.join(version[:2]))}" for key, version in versions]
     ignored = FREE | TRAINING if untrained else FREE
     fields = names | {"kind": kind, "default": names["name"] == method, "file": file, "path": path}
-    fields |= {"created": printable(r.get("created")), "seed": int(number(r["seed"]))}
-    fields |= {"untrained": untrained, "lr": 0.0 if untrained else number(r["lr"])}
+    fields |= {"created": printable(r.get("created")), "seed": int(number(r["seed"], "seed"))}
+    fields |= {"untrained": untrained, "lr": 0.0 if untrained else number(r["lr"], "lr")}
     fields |= {"diverged": diverged, "task": task, "dev": dev, "test": test, "values": values}
     fields |= {"majority": max(counts) / sum(counts) if counts else None, "sizes": sizes}
-    fields |= {"settings": {k: x for k, x in sorted(settings.items()) if k not in ignored}}
-    fields |= {
-        "data_key": json.dumps(shared),
-        "budget_key": json.dumps({} if untrained else budget),
-    }
+    fields |= {"settings": {key: x for key, x in sorted(settings.items()) if key not in ignored}}
+    budget = {} if untrained else budget
+    fields |= {"data_key": json.dumps(shared), "budget_key": json.dumps(budget), "gpu": gpu}
     fields |= {"split_key": json.dumps([data["train_sha256"], data["dev_sha256"]])}
-    fields |= {"costs": costs, "seconds": number(r.get("time", {}).get("train_seconds", 0))}
+    seconds = number(r.get("time", {}).get("train_seconds", 0), "train_seconds")
+    fields |= {"costs": read_costs(r), "seconds": seconds}
     fields |= {"bf16": "bf16" in (environment.get("precision"), settings.get("precision"))}
-    fields |= {"machine": ", ".join([device.removeprefix("cuda "), *versions])}
+    fields |= {"machine": ", ".join([device.removeprefix("cuda ") if gpu else "cpu", *versions])}
     return Run(**fields)
 
 
-def load(paths, price=None):
-    """(runs, skipped): each usable run once, and one line for each text that is none.
-
-    Two results of one run with other scores end the program. price: of a GPU's hour.
-    """
-    texts, runs, skipped = [], {}, []
-    if price is not None and not 0 < price < math.inf:
-        fail(f"--price {price:g}: give a positive number")
+def read_texts(paths):
+    """[(name for messages, text of one result, file)] of all files, or lines of .jsonl files."""
+    texts = []
     for path in paths:
         if not path.exists():
             fail(f"{path}: no such file or folder; `python lora.py` writes into results/")
@@ -346,7 +357,16 @@ def load(paths, price=None):
             lines = whole.splitlines() if file.suffix == ".jsonl" else []
             lines = [(f"{file.name}:{i + 1}", line) for i, line in enumerate(lines) if line.strip()]
             texts += [(name, text, file) for name, text in lines or [(file.name, whole)]]
-    for name, text, file in sorted(texts):  # by name and content, wherever the files lie
+    return sorted(texts)  # by name and content, wherever the files lie
+
+
+def load(paths):
+    """(runs, skipped): each usable run once, and one line for each text that is none.
+
+    Two results of one run with other scores end the program.
+    """
+    runs, skipped = {}, []
+    for name, text, file in read_texts(paths):
         try:
             run, reason = read_run(text, name, file), None
         except (ArithmeticError, RecursionError):
@@ -356,8 +376,6 @@ def load(paths, price=None):
         except (KeyError, ValueError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
         if not reason:
-            if price and "time.accelerator_hours" in run.costs:
-                run.costs["time.cost"] = price * run.costs["time.accelerator_hours"]
             key = [run.data_key, run.budget_key, run.method, run.name, run.settings]
             first = runs.setdefault(json.dumps([*key, run.seed, run.lr]), run)
             if str([first.dev, first.test]) != str([run.dev, run.test]):  # NaN is equal to NaN
@@ -376,14 +394,14 @@ def load(paths, price=None):
 def mean_costs(picked, runs, machine):
     """{dotted path: mean over the runs that have it} of the picked runs' scores and costs.
 
-    Memory and times are of runs on `machine`, as a CPU takes a batch in smaller parts: at each seed
-    of the picked run, or where that ran elsewhere or was not measured, of another of `runs`.
+    Memory is of runs on `machine`, as a CPU takes a batch in smaller parts: at each seed of the
+    picked run, or where that ran elsewhere, of another of `runs`.
     """
     seeds, values = {run.seed for run in picked}, {}
     measured = [run for run in [*runs, *picked] if run.machine == machine and run.seed in seeds]
     measured = {run.seed: run for run in measured if "memory.inference.peak" in run.costs}
-    for some, anywhere in ((picked, True), (measured.values(), False)):
-        for path, x in (item for run in some for item in run.costs.items()):
-            if (path.split(".")[0] in ANYWHERE) == anywhere:
+    for source, kinds in ((picked, MACHINE_FREE), (measured.values(), "memory")):
+        for path, x in (cost for run in source for cost in run.costs.items()):
+            if path.startswith(kinds):
                 values.setdefault(path, []).append(x)
     return {path: float(np.mean(x)) for path, x in values.items()}

@@ -55,7 +55,7 @@ METHODS = {"Head only": (baseline, []), "Full fine-tuning": (baseline, ["--full"
 METHODS |= {"LoRA": (lora, []), "QLoRA": (qlora, []), "HiRA": (hira, [])}
 METHODS |= {"Sparse LoRA": (sparse_lora, []), "Contextual LoRA": (contextual_lora, [])}
 METHODS |= {"QHiRA": (hybrid, ["--update", "hira"])}
-METHODS |= {"Sparse QLoRA": (hybrid, ["--update", "contextual"])}
+METHODS |= {"Contextual QLoRA": (hybrid, ["--update", "contextual"])}
 
 
 class Entry(NamedTuple):

@@ -36,10 +36,8 @@ def test_verdicts_come_first_then_table_next_step_and_details(study, tmp_path, c
         first,
     )
     assert re.search(r"\*\*Undecided:\*\* .*LoRA − Sparse LoRA: -\d\.\d\d points", text)
-    detects = (
-        r"With 8 seeds and 1,000 test examples this study detects differences of [\d.]+ points"
-    )
-    assert re.search(detects + r".*plan a new study with new seeds\. Adding seeds", text)
+    detects = r"With 8 seeds and 1,000 test examples this study detects differences of [\d.]+ "
+    assert re.search(detects + r"points.*plan a new study with new seeds\. Do not add", text)
     out = capsys.readouterr().out
     assert out.startswith("== SST-2 with MiniLM\n\n- HiRA is better than LoRA by")
     assert "**" not in out and "|" not in out and "accuracy, %" in out
@@ -67,38 +65,24 @@ def test_the_table_shows_what_the_numbers_are(tmp_path):
     (group,) = judged(tmp_path, *made)
     lora, qlora, hira = tables.main_table(group)
     row = group.rows[2]
-    assert hira["method"] == "HiRA" and hira["lrs × seeds"] == "3 × 6"
+    assert hira["method"] == "HiRA" and hira["learning rates × seeds"] == "3 × 6"
     assert hira["accuracy, %"].startswith(f"{row.score:.2f} (")
-    low, high = group.versus_lora["HiRA"].intervals["95 %, both"]
+    low, high = group.versus_lora["HiRA"].intervals["95 % interval"]
     mean = group.versus_lora["HiRA"].mean
     assert hira["minus LoRA, points"] == f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
     assert lora["minus LoRA, points"] == "" and hira["trained weights"] == "74,498"
     assert hira["peak MiB"] == "200" and hira["GFLOP per step"] == "20.0"
     # At LoRA's best learning rate, which QLoRA did not run.
-    same = [cells["same settings: lr 0.002"] for cells in (lora, qlora, hira)]
+    same = [cells["at learning rate 0.002"] for cells in (lora, qlora, hira)]
     tests = [r["metrics"]["test"]["accuracy"] for r in made if r["lr"] == 2e-3]
     assert same == [f"{100 * np.mean(tests[:6]):.2f}", "", f"{100 * np.mean(tests[6:]):.2f}"]
-
-
-def test_times_are_shown_of_timed_runs_and_hours_and_cost_of_gpus_alone(tmp_path):
-    for gpu, device in ((False, "cpu x86_64"), (True, "cuda H100")):
-        for timed in (False, True):
-            folder = tmp_path / f"{device}{timed}"
-            made = make_study({"lora": 0, "hira": 1}, seeds=2, device=device, timed=timed)
-            write(folder, *made, name="all.jsonl")
-            text = page_of(folder, folder, "--price", "2")
-            assert ("| training s |" in text) == timed == ("| inference examples/s |" in text)
-            assert ("| time: accelerator hours |" in text) == (gpu and timed)
-            assert ("| time: cost | 0.03333 | 0.03333 |" in text) == (gpu and timed)
-            assert ("| time: epoch seconds | 20 | 20 |" in text) == timed
-            assert ("| memory: train allocator, MiB | 333 |" in text) == gpu
 
 
 def test_an_untrained_row_has_a_score_alone_and_no_next_step(tmp_path):
     made = make_result("head_only", 0, untrained=True)
     (group,) = judged(tmp_path, made)
     (cells,) = tables.main_table(group)
-    assert cells["accuracy, %"] == "80.00" and cells["lrs × seeds"] == ""
+    assert cells["accuracy, %"] == "80.00" and cells["learning rates × seeds"] == ""
     assert "What to do next" not in page_of(tmp_path, tmp_path)
 
 
@@ -114,8 +98,7 @@ def test_details_have_every_statistic_lr_cost_setting_and_commit(study, tmp_path
     lines = {x.split(" | ")[0][2:]: x.split(" | ") for x in pairs.splitlines() if "−" in x}
     assert len(lines) == 7 and lines["LoRA − HiRA"][-1] == "HiRA better |"
     assert lines["LoRA rank 32 − LoRA"][-4:] == ["–", "–", "–", "– |"]
-    for words in ("0.002: 82.00 (8 ×)", "memory: train frozen weights, MiB | 100", "--rank | 8 "):
-        assert words in text, words
+    assert "memory: train frozen weights, MiB | 100" in text
     assert "120 runs, 2.0 hours of training; examples: 8,000 train, 500 dev, 1,000 test." in text
     assert " 120 runs on cpu, torch 2.8, transformers 5.0.\n" in text
 
