@@ -19,8 +19,15 @@ from scipy import stats
 from harness.process import fail
 from harness.text import printable
 from report import page, plots, results, tables, times
-from report.results import SIGN, Group, Pair, Row, difference_from_scale, margin_on_scale
-from report.results import score_from_scale
+from report.results import (
+    SIGN,
+    Group,
+    Pair,
+    Row,
+    difference_from_scale,
+    margin_on_scale,
+    score_from_scale,
+)
 
 SEEDS = 6  # at least as many are needed for a verdict
 NEIGHBORS = 30  # groups of running text; study/article_noise.py compares them with articles

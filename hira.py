@@ -108,7 +108,7 @@ class HiRALinear(AdapterLayer):
 def adapt(run, base):
     """Adapt every target layer of base.model, in place; returns the Method."""
     targets = find_targets(base.model, run.targets)
-    layers = replace(base.model, targets, lambda layer: HiRALinear(layer, run.rank, run.dropout))
+    layers = replace(run, base, targets, lambda layer: HiRALinear(layer, run.rank, run.dropout))
 
     @torch.no_grad()
     def report():

@@ -68,7 +68,7 @@ class LoRALinear(AdapterLayer):
 def adapt(run, base):
     """Adapt every target layer of base.model, in place; returns the Method."""
     targets = find_targets(base.model, run.targets)
-    replace(base.model, targets, lambda layer: LoRALinear(layer, run.rank, run.alpha, run.dropout))
+    replace(run, base, targets, lambda layer: LoRALinear(layer, run.rank, run.alpha, run.dropout))
     peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
     return Method(peft | {"lora_alpha": run.alpha, "lora_dropout": run.dropout})
 

@@ -295,7 +295,7 @@ def quantize_blocks(run, base):
 def adapt(run, base):
     """Adapt every target layer of base.model, in place; returns the Method."""
     quantized, targets = quantize_blocks(run, base), models.find_targets(base.model, run.targets)
-    replace(base.model, targets, lambda layer: QLoRALinear(layer, run.rank, run.alpha, run.dropout))
+    replace(run, base, targets, lambda layer: QLoRALinear(layer, run.rank, run.alpha, run.dropout))
     peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
     peft |= {"lora_alpha": run.alpha, "lora_dropout": run.dropout}
     return Method(peft, **quantized)

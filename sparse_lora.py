@@ -155,7 +155,7 @@ def adapt(run, base):
         layer.register_buffer("mask_B", torch.ones_like(layer.B, dtype=torch.bool))
         return layer
 
-    layers = replace(base.model, targets, make)
+    layers = replace(run, base, targets, make)
 
     def after_step(step, total, lr):
         prune_step(list(layers.values()), step, total, lr, run)

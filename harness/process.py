@@ -55,6 +55,17 @@ def library_errors(message, status=2):
         fail(f"{message} ({type(error).__name__}: {first_line(error)})", status)
 
 
+def measured(name, work, *arguments):
+    """{name: work(*arguments)}; {} and a line if a library cannot do it on this model."""
+    try:
+        return {name: work(*arguments)}
+    except Exception as error:  # the scores are safe: no cost is worth a run
+        if is_our_mistake(error):
+            raise
+        say(f"{name}: not measured ({type(error).__name__}: {first_line(error)})")
+        return {}
+
+
 def process_index():
     """This process's number under torchrun, 0 when there is only one."""
     return int(os.environ.get("RANK", 0))
@@ -122,11 +133,31 @@ def agree(value):
     return values[0]
 
 
-def one_line_on_interrupt():
-    """Have Ctrl-C end the program with one line, outside training, which handles it itself."""
-    line = "stopped; the same command continues"
-    if process_count() == 1:
-        signal.signal(signal.SIGINT, lambda number, frame: fail(line, 128 + number))
+def is_running(number):
+    """Whether a process of this machine has this number, given as text."""
+    try:
+        os.kill(int(number), 0)  # signal 0 only asks
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
+
+
+def all_reduce(loss, trained):
+    """Sum loss and gradients over the processes; returns the loss.
+
+    Adapters are small: one flat tensor, one all-reduce a step, nothing else.
+    """
+    import torch
+
+    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in trained.values()]
+    flat = torch.cat([loss[None], *(grad.flatten() for grad in grads)])
+    torch.distributed.all_reduce(flat)
+    sums = flat[1:].split([grad.numel() for grad in grads])
+    for tensor, grad in zip(trained.values(), sums, strict=True):
+        tensor.grad = grad.view_as(tensor)
+    return flat[0]
 
 
 @contextlib.contextmanager
@@ -153,18 +184,17 @@ def stop_signals():
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(run, scoring=None):
-    """Turn running out of memory into one line: which flags need less, or `scoring`, a flag."""
+def explain_out_of_memory(run, advice=None):
+    """Turn running out of memory into one line: which flags need less, or another `advice`."""
     import torch
 
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "allocate" not in str(error):  # the words of the CPU's allocator
+        # A CPU's allocator raises a plain RuntimeError with these words.
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error)
+        if not full:
             raise
-        half, twice = max(1, run.batch_size // 2), run.grad_accum * 2
-        training = f"--batch_size {half} with --grad_accum {twice}, --max_length below "
-        training += f"{run.max_length}, --checkpointing"
-        advice = f"{scoring}; the trained weights are saved" if scoring else training
-        fail(f"out of memory on {run.device}; these flags need less: {advice}", status=1)
+        flags = f"--batch_size {max(1, run.batch_size // 2)} with --grad_accum {run.grad_accum * 2}"
+        flags += f", --max_length below {run.max_length}, --checkpointing"
+        fail(f"out of memory on {run.device}; these need less: {advice or flags}", status=1)

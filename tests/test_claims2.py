@@ -5,6 +5,7 @@ import json
 import math
 import os
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,7 @@ def adapter_weights(args):
     shape = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
     with torch.device("meta"):
         model = BertForMaskedLM(BertConfig(vocab_size=9, **shape)).requires_grad_(False)
-    made = common.replace(model, args.targets, lambda x: lora.LoRALinear(x, args.rank, 16, 0))
+    base = Namespace(model=model)
+    made = common.replace(args, base, args.targets, lambda x: lora.LoRALinear(x, args.rank, 16, 0))
     numbers = sum(layer.A.numel() + layer.B.numel() for layer in made.values())
     return numbers * (1 - getattr(args, "sparsity", 0))

@@ -5,7 +5,6 @@ import json
 import math
 import os
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
