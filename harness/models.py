@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
 from harness.process import fail, first_line, library_errors, say
@@ -102,7 +103,8 @@ def informative(names):
 
 def class_names(config):
     """The class names, by number, of the trained head of a checkpoint; None as in informative."""
-    trained = any("SequenceClassification" in str(name) for name in config.architectures or [])
+    names = config.architectures if isinstance(config.architectures, list) else []
+    trained = any("SequenceClassification" in str(name) for name in names)
     labels = dict(config.id2label)  # numbers, whatever their order in config.json
     return informative([labels[number] for number in sorted(labels)] if trained else [])
 
@@ -110,11 +112,14 @@ def class_names(config):
 def head_order(names, classes):
     """For each class of a head its number in `classes`; None where it has other classes.
 
-    Upper and lower case are the same: NEGATIVE is negative.
+    NEGATIVE is negative, unless the classes have both.
     """
-    numbers = {str(name).casefold(): number for number, name in enumerate(classes)}
-    order = [numbers.get(str(name).casefold()) for name in names]
-    return order if len(order) == len(classes) and {*order} == {*range(len(classes))} else None
+    for spelling in (str, lambda name: str(name).casefold()):
+        numbers = {spelling(name): number for number, name in enumerate(classes)}
+        order = [numbers.get(spelling(name)) for name in names]
+        if len(order) == len(classes) and {*order} == {*range(len(classes))}:
+            return order
+    return None
 
 
 def number_as_head(examples, names):
@@ -139,8 +144,17 @@ def refuse_head(flag, names, classes):
     fail(f"{flag}: its head has the classes {head}; data: {data}")
 
 
-def check_files(name, folder):
-    """Refuse an index that names other files than safetensors inside the model's own folder."""
+def check_files(name, folder, config):
+    """Refuse an index that names other files than safetensors inside the model's own folder, and a
+    config with more layers than the checkpoint has tensors: building such a model never ends.
+    """
+    tensors = 0
+    for file in Path(folder).glob("*.safetensors"):
+        with library_errors(f"--model {name}: cannot read {file.name}"), safe_open(file, "pt") as f:
+            tensors += len(f.keys())
+    layers = getattr(config, "num_hidden_layers", None)
+    if tensors and isinstance(layers, int) and layers > tensors:
+        fail(f"--model {name}: {layers:,} layers in config.json, {tensors:,} tensors in its files")
     for index in Path(folder).glob("*.safetensors.index.json"):
         try:
             text = index.read_text() if index.is_file() else ""  # a pipe would never end
@@ -161,7 +175,7 @@ def load(run, task, config):
     import transformers
 
     name, kind, folder = run.model, HEADS[task], model_folder(run.model)
-    check_files(name, folder)
+    check_files(name, folder, config)
     with library_errors(f"--model {name}: cannot load it for {kind}"):
         model, info = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
             folder,

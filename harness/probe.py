@@ -33,6 +33,9 @@ def check_logits(run, data, base, forward):
         except torch.OutOfMemoryError:
             say("not checked: whether logits depend on the batch; the model in fp32 does not fit")
             return
+    if not (alone.isfinite().all() and short.isfinite().all()):
+        weights = "the adapter's weights" if run.eval_only else "its weights"
+        fail(f"--model {run.model}: {kind} gives NaN or infinite logits: {weights} are too large")
     for how, first, second in (
         ("beside a shorter one", alone, together[:count]),
         ("padded beside a longer one", short, together[count:]),

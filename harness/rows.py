@@ -41,7 +41,6 @@ TEXT_COLUMNS = (  # the first that a table has: GLUE's pairs of texts, or one te
     *(("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis")),
     *(("question", "sentence"), ("question1", "question2"), ("text",), ("sentence",)),
 )
-LETTER = re.compile(r"[^\W\d]").search
 
 
 @dataclass(eq=False)  # hashed by identity
@@ -180,6 +179,12 @@ def load_config(model):
             problem += "and --data_dir take folders, and --dataset demo needs no network"
     elif (Path(folder) / "adapter_config.json").exists():  # transformers would load its base
         fail(f"--model {model}: this folder holds an adapter; name its base, or --eval_only")
+    else:
+        inside = Path(folder).resolve()
+        if inside.parent.name == "snapshots":  # of the hub's cache: links into its folder blobs/
+            inside = inside.parents[1]
+        for file in Path(folder).iterdir():
+            refuse_outside(f"--model {model}", file, inside)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -214,6 +219,12 @@ def is_data_file(path):
     return path.suffix.lower() in ENDINGS and path.is_file()
 
 
+def refuse_outside(where, file, inside):
+    """End the program if a file is a link to a place outside the folder `inside`."""
+    if inside not in file.resolve().parents:
+        fail(f"{where}: {file.name} is a link to a file outside the folder; copy the file")
+
+
 def find_files(where, dataset, data_dir):
     """{split: its files} of a file, a folder, or the hub where there is no such folder."""
     source = Path(data_dir) / dataset if dataset in HUB else Path(dataset)
@@ -230,9 +241,14 @@ def find_files(where, dataset, data_dir):
             snapshot = Path(huggingface_hub.snapshot_download(repository, **options))
         source, inside = snapshot / part, snapshot.resolve().parents[1]  # links into the cache
     files = defaultdict(list)
-    for file in filter(is_data_file, sorted(source.rglob("[!.]*"))):
-        if inside not in file.resolve().parents:
-            fail(f"{where}: {file.name} is a link to a file outside the folder; copy the file")
+    for file in sorted(source.rglob("[!.]*")):
+        if file.is_symlink() and file.is_dir():
+            fail(f"{where}: {file.name} is a link to a folder; copy the folder, or remove the link")
+        if file.suffix.lower() not in ENDINGS or file.is_dir():
+            continue
+        refuse_outside(where, file, inside)
+        if not file.is_file():
+            fail(f"{where}: {file.name} is not a regular file; put a copy of the data there")
         words = re.split("[^a-z]+", str(file.relative_to(source)).lower())
         files[next((SPLITS[word] for word in words[::-1] if word in SPLITS), "")].append(file)
     # Files whose name says no split are training data where there are no others.
@@ -242,16 +258,20 @@ def find_files(where, dataset, data_dir):
 def read_file(where, file):
     """([{column: value}, …] of a file, the class names that a parquet file has for its labels)."""
     kind = file.suffix.lower()
-    with library_errors(f"{where}: cannot read {file.name}; a text file must be in UTF-8"):
-        if kind == ".parquet":
-            import pyarrow.parquet
+    if kind == ".parquet":
+        import pyarrow.parquet
 
+        with library_errors(f"{where}: cannot read {file.name}"):
             table = pyarrow.parquet.ParquetFile(file).read()
             info = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
-            features = info.get("info", {}).get("features", {})
-            names = (features.get("label") or features.get("labels") or {}).get("names")
-            return table.to_pylist(), names and [str(name).strip() for name in names]
+        features = entry(entry(info, "info"), "features")
+        names = entry(entry(features, "label") or entry(features, "labels"), "names")
+        if names and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+            fail(f"{where}: {file.name}: its metadata has no list of class names")
+        return table.to_pylist(), names and [name.strip() for name in names]
+    with library_errors(f"{where}: cannot read {file.name}; a text file must be in UTF-8"):
         content = file.read_text("utf-8-sig")
+    with library_errors(f"{where}: cannot read {file.name}"):
         if kind in (".csv", ".tsv"):
             # GLUE's tsv files quote nothing, and have lone quotes.
             form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
@@ -272,6 +292,11 @@ def read_file(where, file):
         problem = "a line has more cells than the first line has names"
         fail(f"{where}: {file.name}: {problem}; put texts with a separator in them in quotes")
     return examples, None
+
+
+def entry(value, key):
+    """value[key] of a stranger's JSON; None if there is none, or the value is no object."""
+    return value.get(key) if isinstance(value, dict) else None
 
 
 @dataclass
@@ -298,7 +323,7 @@ class Table:
             form = "a CSV file separates them by commas and names them in its first line"
             needed = f"text (or sentence){' and label' * labelled}; {form}"
             self.refuse(f"has the columns {printable(', '.join(columns), 200)}; needed: {needed}")
-        texts = {n for e in self.examples for n, v in e.items() if isinstance(v, str) and LETTER(v)}
+        texts = {n for e in self.examples for n, v in e.items() if isinstance(v, str)}
         unread = [name for name in columns if name in texts - {*text, "label"}]
         if unread and self.split == "train":
             say(f"{self.where}: columns that are not read: {printable(', '.join(unread), 200)}")
@@ -396,7 +421,7 @@ def read_examples(dataset, data_dir):
             f"has the label {printable(used[0])} alone; wanted: two or more classes"
         )
     kind = int if all(name.isdecimal() for name in used) else str
-    classes = tables["train"].class_names or sorted(used, key=kind)
+    classes = [*dict.fromkeys(tables["train"].class_names or sorted(used, key=kind))]
     for name, columns in splits.items():
         if (columns["pair"] is None) != (splits["train"]["pair"] is None):
             fail(f"{where}: of train and {name} only one has a second text")

@@ -221,3 +221,16 @@ def test_class_names_go_by_number_whatever_their_order_in_the_config():
     config = BertConfig(architectures=["BertForSequenceClassification"])
     config.id2label = {1: "pos", 0: "neg"}
     assert library.class_names(config) == ["neg", "pos"]
+
+
+@pytest.mark.parametrize(
+    "names, classes, order",
+    [
+        (["POS", "NEG"], ["neg", "pos"], [1, 0]),
+        (["a", "A"], ["A", "a"], [1, 0]),  # names that differ in case alone
+        (["2", "1"], ["1", "2"], [1, 0]),  # names that are numbers
+        (["1", "2"], ["0", "1"], None),
+    ],
+)
+def test_a_head_s_classes_are_found_by_name(names, classes, order):
+    assert library.head_order(names, classes) == order

@@ -1,5 +1,7 @@
 """Models that cannot be used as asked: one line before training, or right numbers after all."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -53,6 +55,37 @@ def test_broken_weights_are_named(value, reviews, tmp_path, capfd):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     code, error = ended(capfd, lora, *rows(reviews, folder), "--out", tmp_path)
     assert code == 2 and "encoder.layer.1.output.dense.weight" in error
+
+
+def test_a_config_with_more_layers_than_tensors_is_refused(reviews, tmp_path, capfd):
+    """Building ten million layers would never end."""
+    folder = write(tmp_path / "deep", "AutoModel", "bert")
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 10**7}
+    (folder / "config.json").write_text(json.dumps(config))
+    code, error = ended(capfd, lora, *rows(reviews, folder), "--out", tmp_path)
+    assert code == 2 and "10,000,000 layers in config.json" in error
+
+
+def test_weights_behind_a_link_are_read_in_the_hub_s_cache_alone(reviews, tmp_path, capfd):
+    folder = write(tmp_path / "cache" / "snapshots" / "1", "AutoModel", "bert")
+    (tmp_path / "cache" / "blobs").mkdir()
+    weights = (folder / "model.safetensors").rename(tmp_path / "cache" / "blobs" / "0")
+    (folder / "model.safetensors").symlink_to("../../blobs/0")
+    assert lora.main([*map(str, rows(reviews, folder)), "--out", str(tmp_path / "out")])
+    folder = write(tmp_path / "model", "AutoModel", "bert")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(weights)
+    code, error = ended(capfd, lora, *rows(reviews, folder), "--out", tmp_path)
+    assert code == 2 and "model.safetensors is a link to a file outside the folder" in error
+
+
+def test_huge_weights_are_not_called_a_fault_of_the_batch(reviews, tmp_path, capfd):
+    folder = write(tmp_path / "huge", "AutoModel", "bert")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["encoder.layer.1.output.dense.weight"].fill_(3e38)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    code, error = ended(capfd, lora, *rows(reviews, folder), "--out", tmp_path)
+    assert code == 2 and "NaN or infinite logits: its weights are too large" in error
 
 
 def test_new_tensors_that_come_uninitialized_are_drawn_again(tmp_path):

@@ -114,9 +114,9 @@ def test_columns_of_text_pairs(tmp_path, columns, capsys):
 
 
 def test_columns_with_words_that_are_not_read_are_named(tmp_path, capsys):
-    rows = [f"{text},{i % 2},{i},title {i}" for i, text in enumerate(TEXTS)]
-    read(files(tmp_path / "films", train_csv=["sentence,label,idx,title", *rows]))
-    assert capsys.readouterr().out.endswith("/films: columns that are not read: title\n")
+    rows = [f"{text},{i % 2},0{i},title {i}" for i, text in enumerate(TEXTS)]
+    read(files(tmp_path / "films", train_csv=["sentence,label,id,title", *rows]))
+    assert capsys.readouterr().out.endswith("/films: columns that are not read: id, title\n")
 
 
 def test_quotes_and_words_for_nothing_in_a_csv_file(tmp_path):
@@ -248,10 +248,50 @@ def test_links_that_leave_the_folder_are_not_followed(kind, tmp_path, capsys):
     if kind == "inside":
         assert read(folder).train["text"] == TEXTS
     else:
-        error = (
-            "train.csv is a link to a file outside the folder" if kind == "file" else "needs train"
-        )
+        error = {
+            "file": "train.csv is a link to a file outside the folder",
+            "folder": "data is a link to a folder; copy the folder",
+            "pipe": "train.csv is not a regular file",
+        }[kind]
         assert error in refused(capsys, read, folder)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_a_test_set_that_cannot_be_read_is_not_replaced(kind, tmp_path, capsys):
+    """A fifth of train would be scored in its place."""
+    files(tmp_path / "out", test_csv=lines())
+    folder = files(tmp_path / "films", train_csv=lines(), test_csv=None)
+    if kind == "pipe":
+        os.mkfifo(folder / "test.csv")
+    else:
+        (folder / "test").symlink_to(tmp_path / "out")
+    assert "test" in refused(capsys, read, folder)
+
+
+def parquet(folder, metadata):
+    """The good examples as parquet, with this text as its metadata for `datasets`."""
+    import pyarrow.parquet
+
+    folder.mkdir()
+    table = pyarrow.table({"text": TEXTS, "label": LABELS})
+    table = table.replace_schema_metadata({"huggingface": metadata})
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(table, folder / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("metadata", ["[]", '{"info": []}', '{"info": {"features": {"label": 5}}}'])
+def test_metadata_of_another_form_names_no_classes(metadata, tmp_path):
+    assert read(parquet(tmp_path / "films", metadata)).classes == ["0", "1"]
+
+
+def test_class_names_in_parquet_metadata(tmp_path, capsys):
+    """Names that differ in blanks are one class; what is no list of names is refused."""
+    text = '{"info": {"features": {"label": {"names": %s}}}}'
+    examples = read(parquet(tmp_path / "a", text % '["bad", " good", "good "]'))
+    assert examples.classes == ["bad", "good"] and examples.train["label"] == LABELS
+    error = refused(capsys, read, parquet(tmp_path / "b", text % "5"))
+    assert ".parquet: its metadata has no list of class names" in error
 
 
 def test_the_hub_s_files_are_links_into_its_cache(tmp_path, monkeypatch):
@@ -310,12 +350,9 @@ REFUSED = [  # how the folder is made, what the line says
     (files, {}, f"{NO_TRAIN} test"),
     (files, {"test_csv": None}, f"{NO_TRAIN} none"),
     (write, {"test_text": [], "test_label": []}, "the test split has no examples"),
-    (files, {"train_parquet": ["torn"]}, "cannot read train.parquet; a text file must be in UTF-8"),
-    (
-        files,
-        {"train_json": ['[{"text": "a"']},
-        "cannot read train.json; a text file must be in UTF-8",
-    ),
+    (files, {"train_parquet": ["torn"]}, "cannot read train.parquet (Arrow"),
+    (files, {"train_json": ['[{"text": "a"']}, "cannot read train.json (JSONDecodeError"),
+    (files, {"train_json": ["[" * 100_000]}, "cannot read train.json (RecursionError"),
     (files, {"train_csv": ["text,label", "cin\udce9,0"]}, "must be in UTF-8 (UnicodeDecodeError"),
     (files, {"train_jsonl": ["[1, 2]"]}, "train.jsonl: wanted: one list of objects, or one object"),
 ]
