@@ -5,10 +5,11 @@ import json
 import peft
 import pytest
 import torch
-from conftest import result_of, rows_flags
+from conftest import result_of, rows_flags, text_flags
 from torch import nn
 
 from study import adalora
+from study.claims import allocation
 
 STEPS, START, TARGET = 60, 3, 2
 SIZES = {"first": (8, 6), "second": (6, 10), "third": (10, 5)}
@@ -95,3 +96,38 @@ def test_a_run_saves_a_plain_lora_of_different_ranks(models, reviews, tmp_path):
     copy = path.with_suffix("").rename(tmp_path / "copy")
     again = adalora.main([*map(str, line), "--eval_only", str(copy), "--out", str(tmp_path)])
     assert again == []
+
+
+SHAPES = {"a": (6, 6), "b": (6, 6), "c": (6, 6), "d": (24, 6), "e": (24, 6)}
+
+
+def test_rank_patterns_have_equal_budgets():
+    """Permuting keeps the ranks of each shape; the gradient's largest singular values win."""
+    ranks = {"a": 5, "b": 1, "c": 0, "d": 7, "e": 3}
+    budget = allocation.count_weights(ranks, SHAPES)
+    assert budget == 6 * 12 + 10 * 30
+    orders = {
+        tuple(allocation.permuted(ranks, SHAPES, torch.Generator().manual_seed(i)).items())
+        for i in range(20)
+    }
+    assert len(orders) > 5
+    for order in map(dict, orders):
+        assert sorted(order[name] for name in "abc") == [0, 1, 5]
+        assert sorted(order[name] for name in "de") == [3, 7]
+    gradients = {name: torch.diag(torch.ones(6)) for name in "abc"}
+    gradients |= {name: torch.eye(24, 6) for name in "de"}
+    gradients["a"][2, 2] = 9
+    pattern = allocation.by_gradient(gradients, SHAPES, budget)
+    assert budget - allocation.count_weights(pattern, SHAPES) < 12
+    assert allocation.by_gradient(gradients, SHAPES, 12) == {**dict.fromkeys(SHAPES, 0), "a": 1}
+
+
+def test_lora_trains_with_adalora_s_ranks(models, text_dir, tmp_path):
+    line = [*text_flags(models, text_dir), "--rank", 2, "--max_steps", 2, "--out", tmp_path]
+    [path] = adalora.main([*map(str, line)])
+    ranks = json.loads(path.read_text())["report"]["ranks"]
+    for pattern in allocation.PATTERNS:
+        words = [*line, "--pattern", pattern, "--adalora", tmp_path, "--name", pattern]
+        [path] = allocation.main([*map(str, words)])
+        result = json.loads(path.read_text())
+        assert 0.98 < result["parameters"]["adapter"] / sum(ranks.values()) / 64 <= 1

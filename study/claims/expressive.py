@@ -22,6 +22,7 @@ from study.claims.projection import best_hira, best_lora, energy
 from study.claims.shared import (
     COLORS,
     INK,
+    RESULTS,
     block_weights,
     load,
     picture,
@@ -88,16 +89,20 @@ def project(folder):
 
 
 def main(folders):
-    """Fit the made targets and the changes of these runs."""
+    """Fit the made targets, and the changes of these runs that the results do not have yet."""
     made = {}
     for name, (E, W0) in made_targets().items():
         made[name] = {"lora": energy(best_lora(E, RANK), E)}
         made[name]["hira"] = best_hira(E, W0, RANK, steps=200, starts=4)[1][-1]
     numbers = {"rank": RANK, "made": made, "runs": []}
-    save("expressive", numbers)
-    for folder in folders:
-        numbers["runs"].append(project(Path(folder)))
-        save("expressive", numbers)
+    if (RESULTS / "expressive.json").exists():
+        numbers["runs"] = load("expressive")["runs"]
+    names = [f"{run['dataset']}-full-{run['seed']}" for run in numbers["runs"]]
+    for folder in map(Path, folders):
+        dataset, seed = folder.name.split("-")[0], folder.name.rpartition("seed")[2]
+        if f"{dataset}-full-{seed}" not in names:
+            numbers["runs"].append(project(folder))
+            save("expressive", numbers)
 
 
 def draw():

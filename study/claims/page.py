@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from study.claims import (
+    allocation,
     channels,
     cost_verdicts,
     expressive,
@@ -25,7 +26,7 @@ from study.claims import (
 
 PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
 SCRIPTS = (expressive, idle_rank, formats, memory, channels, step_times, learning_rates)
-SCRIPTS += (sparsity, won_back, storage, layers)
+SCRIPTS += (sparsity, won_back, storage, layers, allocation)
 WORDS = vars(verdicts) | vars(cost_verdicts) | vars(trained_verdicts)
 
 

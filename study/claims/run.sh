@@ -96,6 +96,15 @@ layers() {  # ranks that give equal numbers of weights
   python -m study.claims.tuned $lm
 }
 
+allocation() {
+  tuned adalora-r2 "$five" study/adalora.py 2e-3 --rank 2
+  for pattern in uniform adalora_pattern gradient permuted; do
+    tuned $pattern-r2 "$five" "-m study.claims.allocation" 2e-3 --rank 2 --pattern $pattern \
+      --adalora $lm
+  done
+  python -m study.claims.tuned $lm
+}
+
 # Random labels: query and value of one block, so that few weights have to store many labels. Seed 0
 # tries three learning rates; seeds 1 to 3, which draw other phrases and labels, use the best one.
 phrases="--model models/all-MiniLM-L6-v2 --precision fp32 --dev_samples 16 --epochs 40"

@@ -1,5 +1,6 @@
 """What the results of the trained experiments say, as Markdown: a function for each mark."""
 
+from study.claims import allocation as patterns
 from study.claims import layers as places
 from study.claims import sparsity as pruning
 from study.claims import storage as stores
@@ -7,7 +8,7 @@ from study.claims import won_back as price
 from study.claims.shared import RESULTS, interval, load, mean, span, table
 from study.claims.tuned import cautions, difference, mean_weights, tuned_rows, verdict
 
-HOURS = {"sparsity": 9, "starts": 5, "storage": 5, "layers": 2}  # of two processes
+HOURS = {"sparsity": 9, "starts": 5, "storage": 5, "layers": 2, "allocation": 5}  # of two processes
 
 
 def waits(block):
@@ -112,4 +113,24 @@ def layers():
         f"{image('layers', 'Perplexity by the layers that are adapted')}\n\n"
         f"**Against an adapter on all layers, with equally many weights:** {'; '.join(words)}."
         f"{cautions(rows)}"
+    )
+
+
+def allocation():
+    rows, words = tuned_rows(patterns.LABELS), []
+    for name, other in (
+        ("adalora_pattern-r2", "permuted-r2"),
+        ("adalora_pattern-r2", "uniform-r2"),
+        ("gradient-r2", "uniform-r2"),
+        ("adalora-r2", "adalora_pattern-r2"),
+    ):
+        percents, seeds = difference(rows, name, other)
+        if percents:
+            pair = f"{patterns.LABELS[name]}, against {patterns.LABELS[other]}"
+            words.append(f"{pair}: {verdict(percents, seeds)}, {span(percents)} % (seeds: {seeds})")
+    if not words:
+        return waits("allocation")
+    return (
+        f"{image('allocation', 'Perplexity by the pattern of ranks')}\n\n"
+        f"**Plain LoRA with equally many weights:** {'; '.join(words)}.{cautions(rows)}"
     )

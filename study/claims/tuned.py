@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from study.claims.shared import RESULTS, decided, interval, load, save
+from study.claims.shared import COLORS, RESULTS, decided, interval, load, picture, save
 
 LEARNING_RATES, MARGIN = 3, 2  # tried by each seed; percent of perplexity that count as equal
 
@@ -79,6 +79,27 @@ def mean_weights(rows, name):
     """The mean number of weights that are left, over seeds; nan without runs."""
     weights = [row["weights"] for row in rows if row["name"] == name]
     return sum(weights) / len(weights) if weights else math.nan
+
+
+def draw_differences(picture_name, title, labels, other):
+    """The perplexity of each way of training relative to `other`; labels: {name: text}."""
+    rows = tuned_rows(labels)
+    names = [name for name in labels if difference(rows, name, other)[0]]
+    if len(names) < 2:
+        return
+    note = f"WikiText-2, relative to {labels[other]}. Left is better. Bars: 95 % over seeds."
+    with picture(picture_name, title, note, 0.9 + 0.5 * len(names)) as (_, axes):
+        for y, name in enumerate(names):
+            mean, low, high = difference(rows, name, other)[0]
+            axes.plot([low, high], [y, y], color=COLORS["lora"], lw=2)
+            axes.plot(mean, y, "o", color=COLORS["lora"])
+        texts = [f"{labels[name]}\n{mean_weights(rows, name):,.0f} weights" for name in names]
+        axes.set_yticks(range(len(names)), texts)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.axvline(0, color=COLORS["lora"], lw=0.8, ls=":")
+        axes.set_xlabel(f"perplexity relative to {labels[other]}, %")
+        axes.grid(axis="x")
 
 
 def verdict(percents, seeds):
