@@ -137,7 +137,7 @@ def test_docstrings(path):
                 assert ast.get_docstring(node), f"{path}: {node.name}"
 
 
-@pytest.mark.parametrize("folders, budget", [(FOLDERS, 6200), ([ROOT / "tests"], 7600)])
+@pytest.mark.parametrize("folders, budget", [(FOLDERS, 6610), ([ROOT / "tests"], 8070)])
 def test_lines_in_all(folders, budget):
     files = [path for folder in folders for path in folder.glob("*.py")]
     assert sum(len(path.read_text().splitlines()) for path in files) <= budget
