@@ -292,8 +292,8 @@ def runs(args):
     """
     if not args.eval_only and process_index() == 0:
         with library_errors(f"--out {args.out}: no folder that can be written; name another"):
-            args.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.out).close()
+            folder = next(x for x in (args.out, *args.out.absolute().parents) if x.exists())
+            tempfile.TemporaryDirectory(dir=folder).cleanup()
     todo = [run for run in planned_runs(args) if args.eval_only or not finished(run)]
     for number, run in enumerate(todo, 1):
         run.number, run.count = number, len(todo)

@@ -108,16 +108,6 @@ def test_other_settings_are_an_error_before_any_training(good, capfd, monkeypatc
     assert first != other and first.exists() and other.exists()
 
 
-def test_a_file_of_flags(tmp_path, capfd):
-    (tmp_path / "flags.txt").write_text("--rank 4  # small\n\n--seeds 3 4\n")
-    args = parsed(lora, f"@{tmp_path / 'flags.txt'}")
-    assert args.rank == 4 and args.seeds == [3, 4] and str(tmp_path) not in args.command
-    for content in (b"\xff\xfe\x00", b"--name 'open"):
-        (tmp_path / "flags.txt").write_bytes(content)
-        code, error = ended(capfd, lora, f"@{tmp_path / 'flags.txt'}")
-        assert code == 2 and "flags.txt: not a file of flags" in error
-
-
 def test_one_folder_is_one_name(models, reviews, tmp_path, monkeypatch):
     (tmp_path / "my").symlink_to(reviews)
     monkeypatch.chdir(tmp_path)
@@ -128,7 +118,11 @@ def test_one_folder_is_one_name(models, reviews, tmp_path, monkeypatch):
 
 
 WRONG = {  # flags, what the line names
-    "rank 0": (["--rank", 0], "argument --rank: '0' is not a whole number of 1 or more"),
+    "rank 0": (["--rank", 0], "argument --rank: '0' is not a whole number from 1 to 65536"),
+    "huge rank": (["--rank", 2 * 10**9], "is not a whole number from 1 to 65536"),
+    "huge rates": (["--lr", 1e30, "--search", 3], "5e+29 … 2e+30 are no learning rates"),
+    "half a letter": (["--dataset", "\udce9"], "the name is not in UTF-8; rename it"),
+    "no folder": (["--out", "/proc/x"], "--out /proc/x: no folder that can be written"),
     "rate": (["--lr", "fast"], "argument --lr: 'fast' is not a positive number"),
     "negative rate": (["--lr", -1], "--lr"),
     "nan": (["--head_lr", "nan"], "--head_lr"),
