@@ -30,8 +30,6 @@ from harness.probe import check_logits
 from harness.process import (
     explain_out_of_memory,
     fail,
-    first_line,
-    is_our_mistake,
     library_errors,
     process_count,
     process_index,
@@ -48,26 +46,31 @@ from harness.store import head_classes, load_checkpoint, save_checkpoint
 
 @dataclass
 class Method:
-    """What a script's `adapt` returns: what makes its training different from plain training."""
+    """What a script's `adapt` returns: how its training differs from plain training.
 
-    # Fields of PEFT's adapter_config.json; empty without an adapter. `train` adds finish()'s.
+    The defaults change nothing.
+    """
+
+    # These fields are written to PEFT's adapter_config.json. Without an adapter there are none.
     peft: dict = field(default_factory=dict)
-    # How the frozen base is stored, if not as in the checkpoint: "nf4". An adapter that was trained
-    # on one format is refused on another.
+    # How the frozen base is stored, for example "nf4". Empty means: as in the checkpoint. An
+    # adapter that was trained on a base in one format is refused on a base in another.
     base_format: str = ""
-    # (parameter groups, weight_decay=float) -> optimizer
+    # optimizer(parameter groups, weight_decay=...) makes the optimizer.
     optimizer: Callable = functools.partial(torch.optim.AdamW, fused=True)
-    # A step's leading examples with this many tokens stay in one forward pass (micro_batches).
+    # The first examples of a batch, up to this many tokens, are never cut into several passes.
     tokens_together: int = 0
-    # before_step(step, total), after_step(step, total, lr): around step 1 … total; lr is that of
-    # the adapter in this step. after_step comes behind the optimizer's step.
+    # `train` calls before_step(step, total) before each step 1 … total, and after_step(step,
+    # total, lr) after the optimizer has made it. lr is the adapter's learning rate in this step.
     before_step: Callable = lambda step, total: None
     after_step: Callable = lambda step, total, lr: None
-    # Once after the last step; returns additions to `peft`.
+    # `train` calls finish() after the last step and adds what it returns to `peft`.
     finish: Callable = dict
-    # Numbers for the result file; may be expensive, so it is called when the scores are on disk.
+    # report() returns numbers for the result file. It may take long: the scores are saved before.
     report: Callable = dict
 
+
+TYPICAL_STEP = 50, 100  # step and total for before_step when costs are measured on one step
 
 # ------------------------------------------------------------------------------------------- data
 
@@ -94,30 +97,30 @@ def load_data(run):
 
 
 @functools.lru_cache(maxsize=1)
-def read_data(run):
-    """Read, split and tokenize `run.dataset`; one line and status 2 where it cannot be used."""
+def read_data(flags):
+    """Read, split and tokenize `flags.dataset`; one line and status 2 if it cannot be used."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    tokenizer, config = load_tokenizer(run.model)
-    examples = read_examples(run.dataset, run.data_dir)
-    examples = models.number_as_head(examples, head_classes(run, config))
+    tokenizer, config = load_tokenizer(flags.model)
+    examples = read_examples(flags.dataset, flags.data_dir)
+    examples = models.number_as_head(examples, head_classes(flags, config))
     masked = config.model_type in MASKED
     last = not masked or config.is_encoder_decoder  # the token that a classifier reads
     task = "classification" if examples.classes else "mlm" if masked else "clm"
     size = getattr(config, "vocab_size", None) or len(tokenizer)
     pads = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]  # an added one may have no embedding
     pad = next(i for i in pads if i is not None and i < size)
-    models.check_length(run, config)
+    models.check_length(flags, config)
     make_splits = split_examples if examples.classes else split_text
-    splits, official = make_splits(run, examples, pad if examples.classes else masked)
+    splits, official = make_splits(flags, examples, pad if examples.classes else masked)
     if (highest := max(int(split.tokens.max()) for split in splits.values())) >= size:
-        fail(f"--model {run.model}: token {highest} of its tokenizer, but {size} embeddings")
+        fail(f"--model {flags.model}: token {highest} of its tokenizer, but {size} embeddings")
     ids = (pad, tokenizer.mask_token_id, min(len(tokenizer), size))
-    description = describe(run, examples, task, splits, official)
+    description = describe(flags, examples, task, splits, official)
     data = Data(task, last, examples.classes, *ids, *splits.values(), official, description)
     for name in ("dev", "test"):
         if not predicted_tokens(data, splits[name], name).counts.any():
-            fail(f"--dataset {run.dataset}: no token of its {name} text is predicted; add text")
+            fail(f"--dataset {flags.dataset}: no token of its {name} text is predicted; add text")
     return data
 
 
@@ -126,23 +129,24 @@ def read_data(run):
 
 @dataclass
 class Base:
-    """The pre-trained model, frozen but for its head."""
+    """The pre-trained model. Everything but its head is frozen."""
 
     model: nn.Module
-    head: list  # names of the head's tensors
-    sha256: str  # of the frozen weights
-    weights: int  # how many weights in all, before anything is added
-    task: str  # Data.task
-    last_block_cut: bool = False  # it computes, after attention, only the tokens that are used
-    # Of the latest forward pass. `forward` sets it; the cut last block and contextual LoRA read it.
+    head: list  # the names of the tensors that are trained, beside an adapter
+    sha256: str  # the hash of the frozen weights
+    weights: int  # the number of all weights, before an adapter is added
+    task: str  # as in Data
+    # Whether the last block computes only the tokens whose output is used (output_positions.py).
+    last_block_cut: bool = False
+    # The batch of the latest forward pass. `forward` sets it; the cut last block and
+    # contextual_lora.py read it.
     batch: Batch | None = None
 
 
 def load_base(run, data):
-    """The pre-trained model with a head for the task, frozen but for what the checkpoint lacks.
+    """The pre-trained model; a classifier's head, and what the checkpoint lacks, are trained.
 
-    A classifier's head is trained in any case. What is missing is drawn from the run's seed, so
-    that every method starts from the same head.
+    The run's seed draws what is missing, so that every method starts from the same head.
     """
     _, config = load_tokenizer(run.model)
     config = models.configure(config, run.base_dropout, data.pad, data.classes)
@@ -166,33 +170,33 @@ def make_base(run, model, head, task, reads_last):
     positions = (lambda: base.batch.output_positions), reads_last
     base.last_block_cut = compute_output_positions_only(model, task, *positions)
     if run.precision == "bf16":
-        linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        trained = [module for name, module in linears if f"{name}.weight" in head]
-        output = [] if task == "classification" else [model.get_output_embeddings()]
-        for layer in {*trained, *output}:
-            models.compute_logits_in_fp32(layer)
+        output = None if task == "classification" else model.get_output_embeddings()
+        for name, layer in model.named_modules():
+            if layer is output or isinstance(layer, nn.Linear) and f"{name}.weight" in head:
+                models.compute_logits_in_fp32(layer)
     if run.checkpointing:
         models.checkpoint_activations(run.model, model)
     return base
 
 
-def replace(model, targets, make):
+def replace(run, base, targets, make):
     """Put make(layer) in the place of every frozen linear layer whose name ends with a target.
 
-    Returns the new layers by name. RuntimeError where the model has adapters already.
+    Returns the new layers by name. RuntimeError if the model has adapters already.
     """
+    model, names = base.model, []
     if any(module.keys for module in models.stand_ins(model).values()):
         raise RuntimeError("this model has adapters already; load the base again for new ones")
     linears = [name for name, module in model.named_modules() if models.is_linear(module)]
     frozen = [name for name in linears if not trained_tensors(model.get_submodule(name))]
-    names = []
     for target in targets:
-        hits = [name for name in frozen if f".{name}".endswith(f".{target}")]
-        if not hits:
-            known = models.layer_names(model)
-            fail(f"--targets {target}: no linear layer has this name; there are {known}")
-        names += hits
-    layers = {name: make(model.get_submodule(name)) for name in dict.fromkeys(names)}
+        matches = [name for name in frozen if f".{name}".endswith(f".{target}")]
+        if not matches:
+            available = models.layer_names(model)
+            fail(f"--targets {target}: no linear layer has this name; there are {available}")
+        names += matches
+    with explain_out_of_memory(run, "a smaller --rank"):
+        layers = {name: make(model.get_submodule(name)) for name in dict.fromkeys(names)}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     return layers
@@ -206,7 +210,7 @@ class History:
     """What a training run leaves behind, and what a checkpoint keeps of it."""
 
     step: int = 0
-    curve: list = field(default_factory=list)  # [step, learning rate, mean loss since the last one]
+    curve: list = field(default_factory=list)  # (step, learning rate, mean loss since the last one)
     losses: list = field(default_factory=list)  # (step, learning rate, loss) not yet in the curve
     laps: list = field(default_factory=list)  # seconds of each step
     diverged: bool = False  # the loss became NaN or infinite, and training ended
@@ -223,14 +227,14 @@ def autocast(run):
 
 
 def place(run, base):
-    """Move the model to the device, in fp32; with bf16 its frozen matrices in that."""
-    gc.collect()  # the model of the run before, whose hooks point back at it
-    with explain_out_of_memory(run):
-        for tensor in base.model.parameters():
-            whole = run.precision == "fp32" or tensor.requires_grad or tensor.ndim < 2
-            tensor.data = tensor.to(run.device, torch.float32 if whole else torch.bfloat16)
-        for tensor in base.model.buffers():
-            tensor.data = tensor.to(run.device)
+    """Move the model to the device: frozen matrices in --precision, everything else in fp32."""
+    # The previous run's model refers to itself through its hooks: only this frees its memory.
+    gc.collect()
+    for tensor in base.model.parameters():
+        fp32 = tensor.requires_grad or tensor.ndim < 2
+        tensor.data = tensor.to(run.device, torch.float32 if fp32 else frozen_dtype(run))
+    for tensor in base.model.buffers():
+        tensor.data = tensor.to(run.device)
 
 
 def forward(base, batch):
@@ -238,7 +242,8 @@ def forward(base, batch):
     base.batch = batch
     types = {} if batch.types is None else {"token_type_ids": batch.types}
     logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, **types).logits
-    if logits.ndim == 3 and logits.shape[:2] == batch.ids.shape:  # OPT's head passes its base by
+    # OPT's classifier calls its decoder directly, so that the cut of the outputs is passed over.
+    if logits.ndim == 3 and logits.shape[:2] == batch.ids.shape:
         logits = logits.flatten(0, 1)[batch.output_positions]
     return logits.float().flatten(0, -2)
 
@@ -248,9 +253,9 @@ def trained_tensors(model):
 
 
 def make_optimizer(run, base, method):
-    """The method's optimizer (AdamW): the adapter at --lr, the head at --head_lr.
+    """The method's optimizer: the adapter at --lr, the head at --head_lr.
 
-    Where only the head is trained --lr is the head's: it is what is tuned.
+    If only the head is trained, it uses --lr, because that is the flag that is tuned.
     """
     trained = trained_tensors(base.model)
     head = [tensor for name, tensor in trained.items() if name in base.head]
@@ -263,19 +268,20 @@ def make_optimizer(run, base, method):
 def train(run, data, base, method):
     """Train what requires a gradient; returns the History.
 
-    AdamW with linear warm-up and decay, gradients clipped at norm 1. Only steps are on the clock. A
-    loss that becomes NaN or infinite ends this run's training; the command continues.
+    AdamW with linear warm-up and decay, gradients clipped at norm 1. The clock measures steps only.
+    If the loss becomes NaN or infinite, this run ends and the command continues with the next one.
     """
-    place(run, base)
     history, trained, total = History(), trained_tensors(base.model), count_steps(run, data)
-    check_logits(run, data, base, forward)
-    if not trained or not total:
-        say("nothing is trained: the model is scored as it is")
-        return history
-    say(f"{run.name}: {meters.describe(base)}, {run.precision} on {run.device}")
-    try_model(run, data, base, method, trained)
-    optimizer = make_optimizer(run, base, method)
-    load_checkpoint(run, data, base, optimizer, history)
+    with explain_out_of_memory(run):
+        place(run, base)
+        check_logits(run, data, base, forward)
+        if not trained or not total:
+            say("nothing is trained: the model is scored as it is")
+            return history
+        say(f"{run.name}: {meters.describe(base)}, {run.precision} on {run.device}")
+        try_model(run, data, base, method, trained)
+        optimizer = make_optimizer(run, base, method)
+        load_checkpoint(run, data, base, optimizer, history)
     clock, progress = meters.Clock(run.device), Progress(run, history.step, total)
     with explain_out_of_memory(run), stop_signals() as stop, progress:
         for step, examples, targets in training_batches(run, data, history.step + 1, total):
@@ -293,12 +299,12 @@ def train(run, data, base, method):
             history.step = step
             history.losses.append((step, lr, loss))
             progress.update()
-            if step == total or step % max(1, total // 50) == 0:  # each look makes a GPU wait
+            if step == total or step % max(1, total // 50) == 0:  # reading a loss makes a GPU wait
                 log_losses(history, progress)
             save = stop or step == total or run.save_every and step % run.save_every == 0
             if save and not history.diverged:
                 history.laps += clock.read()
-                save_checkpoint(run, data, base, optimizer, history)  # scoring may be stopped, too
+                save_checkpoint(run, data, base, optimizer, history)
             if stop or history.diverged:
                 break
     if stop:
@@ -309,11 +315,12 @@ def train(run, data, base, method):
 
 
 def try_model(run, data, base, method, trained):
-    """End the program with one line where the model cannot be trained on these data."""
+    """End the program with one line if the model cannot be trained on these data."""
     place(run, base)  # check_logits left it in fp32
     base.model.train()
-    trial = f"--model {run.model}: {base.model.config.model_type} cannot be trained"
-    with library_errors(f"{trial} in {run.precision}"), explain_out_of_memory(run):
+    kind = base.model.config.model_type
+    refusal = f"--model {run.model}: {kind} cannot be trained in {run.precision}"
+    with library_errors(refusal), explain_out_of_memory(run):
         targets = predicted_tokens(data, data.train, run.seed, 0)
         examples = torch.zeros(process_count(), dtype=torch.int64)  # one for each process
         gradient(run, data, base, method, examples, targets, trained)
@@ -321,7 +328,7 @@ def try_model(run, data, base, method, trained):
 
 
 def learning_rate_scale(step, total, warmup):
-    """The share of the peak learning rate at `step` (1 … total): linear rise, then linear fall."""
+    """The fraction of the peak learning rate at `step` (1 … total): linear rise, then fall."""
     rise = step / max(1, warmup * total)
     return min(rise, (total - step + 1) / max(1, (1 - warmup) * total), 1.0)
 
@@ -336,16 +343,15 @@ def set_learning_rate(optimizer, step, total, warmup):
 def gradient(run, data, base, method, examples, targets, trained):
     """Leave the gradient of the mean loss over a global batch in .grad; returns that loss.
 
-    examples (n,): of all processes. The loss is the sum over scored examples or tokens, divided by
-    their number in all micro-batches and processes, so cutting the batch does not change the
-    gradient. Each process takes every process_count()-th example; one without examples adds zeros.
+    examples (n,): of all processes; each takes every process_count()-th one. Each part's loss is
+    divided by the scored examples or tokens of the whole batch, so how it is cut changes nothing.
     """
     scored = targets.counts[examples].sum().clamp(min=1).item()
     loss = torch.zeros((), device=run.device)
     mine, lengths = examples[process_index() :: process_count()], data.train.lengths
     for part in batches.micro_batches(run, lengths, mine, run.batch_size, method.tokens_together):
         batch = collate(data, data.train, part, targets).to(run.device)
-        with autocast(run):  # nothing holds on to the logits: a large vocabulary's are most of it
+        with autocast(run):  # no variable keeps the logits: of a large vocabulary they are huge
             part_loss = F.cross_entropy(forward(base, batch), batch.target, reduction="sum")
         part_loss = part_loss / scored
         part_loss.backward()
@@ -364,15 +370,14 @@ def all_reduce(loss, trained):
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in trained.values()]
     flat = torch.cat([loss[None], *(grad.flatten() for grad in grads)])
     dist.all_reduce(flat)
-    for tensor, grad in zip(
-        trained.values(), flat[1:].split([grad.numel() for grad in grads]), strict=True
-    ):
+    sums = flat[1:].split([grad.numel() for grad in grads])
+    for tensor, grad in zip(trained.values(), sums, strict=True):
         tensor.grad = grad.view_as(tensor)
     return flat[0]
 
 
 def log_losses(history, progress):
-    """Move the losses since the last look into the curve, as a mean; notes if it is NaN."""
+    """Move the mean of the latest losses into the curve; if it is NaN the run has diverged."""
     step, lr, _ = history.losses[-1]
     mean = torch.tensor([float(loss) for _, _, loss in history.losses]).mean().item()
     history.losses.clear()
@@ -380,7 +385,7 @@ def log_losses(history, progress):
         say(f"the loss became NaN or infinite by step {step} (lr {lr:.3g}): this run ends")
         history.diverged = True
         return
-    history.curve.append([step, lr, mean])
+    history.curve.append((step, lr, mean))
     progress.show_loss(mean)
 
 
@@ -394,11 +399,12 @@ def evaluate(run, data, base):
     perplexity}; "official" leaves held-out examples out. test_examples: which are right, or each
     block's summed loss. diverged: whether a loss was NaN or infinite.
     """
-    place(run, base)
-    if run.eval_only:  # other runs are checked before they train
-        check_logits(run, data, base, forward)
+    advice = f"--eval_batch_size {max(1, run.eval_batch_size // 2)}; the trained weights are saved"
+    with explain_out_of_memory(run, advice):
         place(run, base)
-    with explain_out_of_memory(run, f"--eval_batch_size {max(1, run.eval_batch_size // 2)}"):
+        if run.eval_only:  # other runs are checked before they train
+            check_logits(run, data, base, forward)
+            place(run, base)
         splits = {"test": data.test} if run.test_only else {"dev": data.dev, "test": data.test}
         scores = {name: score(run, data, base, split, name) for name, split in splits.items()}
     metrics = {name: summarize(data, split, scores[name]) for name, split in splits.items()}
@@ -411,9 +417,9 @@ def evaluate(run, data, base):
     else:
         examples = {"nll": test.nll.round(decimals=3).tolist(), "scored": test.scored.tolist()}
     first = "accuracy" if data.classes else list(metrics["test"])[-1]
-    shown = " · ".join(f"{name} {part[first]:.4f}" for name, part in metrics.items())
+    shown = " · ".join(f"{name} {values[first]:.4f}" for name, values in metrics.items())
     say(f"{run.name} lr {run.lr:g} seed {run.seed}: {first.replace('_', ' ')}: {shown}")
-    diverged = any(part.diverged for part in scores.values())
+    diverged = any(each.diverged for each in scores.values())
     return {"metrics": metrics, "test_examples": examples, "diverged": diverged}
 
 
@@ -430,8 +436,7 @@ class Scores(NamedTuple):
 def score(run, data, base, split, name):
     """One pass over a split, every example once, for any batch size and number of processes.
 
-    Returns Scores. A loss that is NaN or infinite counts as a guess among half a billion words, its
-    class as wrong.
+    Returns Scores. A loss that is NaN or infinite counts as 20 nats, and its class as wrong.
     """
     base.model.eval()
     targets, lengths = predicted_tokens(data, split, name), split.lengths
@@ -451,11 +456,11 @@ def score(run, data, base, split, name):
     if process_count() > 1:
         dist.all_reduce(nll)
         dist.all_reduce(predicted)
-    lost = ~nll.isfinite()
-    if lost.any():
-        say(f"{name}: the loss of {lost.sum():,} examples is NaN or infinite: they count as wrong")
-        nll[lost], predicted[lost] = 20.0 * targets.counts.to(nll)[lost], -1
-    return Scores(nll.cpu(), targets.counts, predicted.cpu(), bool(lost.any()))
+    invalid = ~nll.isfinite()
+    if invalid.any():
+        say(f"{name}: {invalid.sum():,} losses are NaN or infinite; these examples count as wrong")
+        nll[invalid], predicted[invalid] = 20.0 * targets.counts.to(nll)[invalid], -1
+    return Scores(nll.cpu(), targets.counts, predicted.cpu(), bool(invalid.any()))
 
 
 def summarize(data, split, scores, first=None):
@@ -476,14 +481,26 @@ def summarize(data, split, scores, first=None):
 
 # -------------------------------------------------------------------------------------- measuring
 
-COUNTED = {}  # the latest run's memory and FLOPs: of runs that differ in lr alone they are the same
+
+class LatestCosts:
+    """Memory and FLOPs of the latest run: the next one has the same if it differs in lr alone."""
+
+    key, costs = "", {}
+
+    def of(self, key, count):
+        """The costs of the run with this key; count() returns them if it is a new one."""
+        if key != self.key:
+            self.costs, self.key = count(), key
+        return self.costs
+
+
+LATEST_COSTS = LatestCosts()
 
 
 def measure(run, data, base, method, history):
     """The costs of a trained model, as the result file has them.
 
-    With --timing also latency and the score of the merged model. A cost that a library cannot
-    measure on this model is left out, in a line; a mistake in our own code stays an exception.
+    With --timing also latency and the score of the merged model.
     """
     steps, lengths = batches.steps_of(run, data, method, history.step), data.train.lengths
     sizes = [(sum(map(len, parts)), int(lengths[torch.cat(parts)].sum())) for parts in steps]
@@ -493,37 +510,32 @@ def measure(run, data, base, method, history):
         "time": meters.summarize_time(history.laps, per_epoch, sizes),
         "disk": meters.count_disk(base, frozen_dtype(run)),
     }
-
-    def attempt(name, work, *more):
-        try:
-            costs[name] = work(run, data, base, *more)
-        except Exception as error:  # the scores are safe: no cost is worth a run
-            if is_our_mistake(error):
-                raise
-            say(f"{name}: not measured ({type(error).__name__}: {first_line(error)})")
-
     shapes = [tuple(tensor.shape) for tensor in trained_tensors(base.model).values()]
     key = repr((run.settings, run.seed, run.device, base.sha256, history.step, shapes))
-    if key not in COUNTED:
-        attempt("memory", count_memory, method)
-        attempt("flops", count_flops, method, steps)
-        COUNTED.clear()
-        COUNTED[key] = {name: costs[name] for name in ("memory", "flops") if name in costs}
-    costs |= COUNTED[key]
+    experiment = run, data, base
+
+    def count():
+        memory = measured("memory", count_memory, *experiment, method)
+        return memory | measured("flops", count_flops, *experiment, method, steps)
+
+    costs |= LATEST_COSTS.of(key, count)
     if run.timing:
-        attempt("inference", time_inference)
-        attempt("merged", score_merged)
+        costs |= measured("inference", time_inference, *experiment)
+        costs |= measured("merged", score_merged, *experiment)
     return costs
 
 
-def count_memory(run, data, base, method):
-    """Bytes at the peak of a training step and of an inference batch, by kind.
+def measured(name, work, *arguments):
+    """{name: work(*arguments)}; {} and a line if a library cannot do it: the scores are safe."""
+    with library_errors(f"{name}: not measured", status=0):
+        return {name: work(*arguments)}
+    return {}
 
-    Both on the largest batch that the run had.
-    """
-    trained = trained_tensors(base.model)
+
+def count_memory(run, data, base, method):
+    """Bytes at the peak of a training step and of scoring, by kind, on the largest batches."""
+    trained, lengths = trained_tensors(base.model), data.test.lengths
     _, examples, targets = next(training_batches(run, data, 1, 1))
-    lengths = data.test.lengths
     parts = batches.scoring_parts(run, lengths)
     largest = max(parts, key=lambda part: len(part) * lengths[part].max())
     test_targets = predicted_tokens(data, data.test, "test")
@@ -542,16 +554,16 @@ def count_memory(run, data, base, method):
 def step_memory(run, base, method, backward, inference):
     """Bytes at the peak of a training step and of inference, by kind; the same for fake tensors.
 
-    backward() leaves gradients, inference() is a forward pass. The step has a learning rate of 0
-    and an optimizer with its state, so that nothing changes. CUDA's own peak of the same work
-    stands beside each: {"train": {kind: bytes}, "train_allocator": bytes or None, "inference": …}.
+    backward() leaves gradients, inference() is a forward pass. With a learning rate of 0 the step
+    changes nothing. CUDA's own peak is beside each count: {"train": {kind: bytes},
+    "train_allocator": bytes or None, "inference": …}.
     """
     model, trained, memory = base.model, trained_tensors(base.model), {}
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
-    known = {"frozen weights": frozen, "trained weights": list(trained.values()), "optimizer": []}
+    tensors = {"frozen weights": frozen, "trained weights": [*trained.values()], "optimizer": []}
 
     def peak_of(phase, work):
-        peak = meters.live_bytes(work, trained.values(), run.device, **known)
+        peak = meters.live_bytes(work, trained.values(), run.device, **tensors)
         memory[phase], memory[f"{phase}_allocator"] = peak
 
     if trained:
@@ -560,7 +572,7 @@ def step_memory(run, base, method, backward, inference):
             group["lr"] = 0.0
 
         def step():
-            method.before_step(100, 100)  # a late step: contextual LoRA's first ones are dense
+            method.before_step(*TYPICAL_STEP)
             backward()
             torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
             optimizer.step()
@@ -569,9 +581,9 @@ def step_memory(run, base, method, backward, inference):
         model.train()
         step()
         states = optimizer.state.values()
-        known["optimizer"] = [t for s in states for t in s.values() if torch.is_tensor(t)]
+        tensors["optimizer"] = [t for s in states for t in s.values() if torch.is_tensor(t)]
         peak_of("train", step)
-        known["optimizer"] = []
+        tensors["optimizer"] = []
         del optimizer, states  # or its state would count in inference
     model.eval()
     with torch.no_grad():
@@ -580,16 +592,15 @@ def step_memory(run, base, method, backward, inference):
 
 
 def count_flops(run, data, base, method, steps):
-    """Operations of the steps that ran, a mean step and all, and of a test example's inference.
+    """Operations of a mean step, of all steps that ran, and of a test example's inference.
 
-    A pass costs so much a token, a pair of tokens and an output position: fitted, within 2 %. What
-    a method does once a step, in the first part, is counted on one step. Contextual LoRA's dense
-    first steps count as the later ones do.
+    A pass costs a fixed number per token, per pair of tokens and per output position: a fit from
+    four passes is within 2 % of counting all. What a method does once a step is counted on one.
     """
 
     def passes(split, parts, training):
         """Each pass as a function, and its (tokens, pairs of tokens, output positions)."""
-        targets, lengths = predicted_tokens(data, split, "test"), split.lengths
+        targets, prices = predicted_tokens(data, split, "test"), []
 
         def work(examples):
             batch = collate(data, split, examples, targets).to(run.device)
@@ -598,27 +609,23 @@ def count_flops(run, data, base, method, steps):
             if training:
                 loss.backward()
 
-        sizes = [(len(part), int(lengths[part].max())) for part in parts]
-        outputs = [int(targets.counts[part].sum()) for part in parts]
-        triples = zip(sizes, outputs, strict=True)
-        prices = [(n * longest, n * longest**2, r) for (n, longest), r in triples]
+        for part in parts:
+            n, longest = len(part), int(split.lengths[part].max())
+            prices.append((n * longest, n * longest**2, int(targets.counts[part].sum())))
         return [functools.partial(work, part) for part in parts], prices
 
-    base.model.eval()
-    lengths = data.test.lengths
-    inference = meters.fitted_flops(
-        base.model, *passes(data.test, batches.scoring_parts(run, lengths), training=False)
-    )
-    base.model.train()
+    model, lengths = base.model, data.test.lengths
+    scoring = passes(data.test, batches.scoring_parts(run, lengths), training=False)
+    inference = meters.fitted_flops(model.eval(), *scoring)
+    model.train()
     works, prices = passes(data.train, list(itertools.chain.from_iterable(steps)), training=True)
-    method.before_step(100, 100)
-    once = 0.0  # per step, in its first part: counted on a step of middle size
+    method.before_step(*TYPICAL_STEP)
+    per_step = 0.0  # what the first pass of a step does beside the others, on one of middle size
     if works and method.tokens_together:
         firsts = np.cumsum([0, *map(len, steps[:-1])])
         middle = works[sorted(firsts, key=lambda i: prices[i])[len(steps) // 2]]
-        first = meters.count_flops(base.model, middle)
-        once = first - meters.count_flops(base.model, middle)
-    total = meters.fitted_flops(base.model, works, prices) + once * len(steps)
+        per_step = meters.count_flops(model, middle) - meters.count_flops(model, middle)
+    total = meters.fitted_flops(model, works, prices) + per_step * len(steps)
     step = total / max(1, len(steps))
     return {"step": step, "total": total, "inference_example": inference / len(lengths)}
 
@@ -636,12 +643,12 @@ def time_inference(run, data, base):
         examples = split.lengths.argsort(descending=True, stable=True)[:size]
         batch = collate(data, split, examples, targets).to(run.device)
 
-        def once(batch=batch):
+        def infer(batch=batch):
             with autocast(run):
                 forward(base, batch)
 
         timing = {"batch": len(examples), "length": batch.ids.shape[1]}
-        for name, ms in meters.latencies(once, states, run.device).items():
+        for name, ms in meters.latencies(infer, states, run.device).items():
             speed = 1000 * len(examples) / ms["p50"]
             timing[name] = {"latency_ms": ms, "samples_per_second": speed}
         timings.append(timing)

@@ -13,6 +13,7 @@ Departures from the paper: A starts Kaiming-uniform, as in the authors' loralib,
 16 at every rank, where PEFT's default is 8; dropout, off by default, acts on the adapter's input.
 """
 
+import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -68,7 +69,7 @@ class LoRALinear(AdapterLayer):
 def adapt(run, base):
     """Adapt every target layer of base.model, in place; returns the Method."""
     targets = find_targets(base.model, run.targets)
-    replace(base.model, targets, lambda layer: LoRALinear(layer, run.rank, run.alpha, run.dropout))
+    replace(run, base, targets, lambda layer: LoRALinear(layer, run.rank, run.alpha, run.dropout))
     peft = {"peft_type": "LORA", "target_modules": targets, "r": run.rank}
     return Method(peft | {"lora_alpha": run.alpha, "lora_dropout": run.dropout})
 

@@ -5,15 +5,15 @@ import hashlib
 import math
 import os
 import re
-import shlex
 import sys
+import tempfile
 from pathlib import Path
 
-from harness.process import fail, first_line, one_line_on_interrupt, say
+from harness.process import fail, library_errors, process_index, say
 from harness.rows import DEMOS, ENDINGS, HUB, LENGTHS, is_data_file
 from harness.store import differences, files_sha256, finished, read_result
 
-# What decides neither a run's outcome nor its costs, and what its file name says already.
+# Flags that decide neither a run's outcome nor its costs, or that are in its file's name.
 NOT_SETTINGS = {
     *("seeds", "seed", "search", "lr", "method", "name", "out", "force", "device", "data_dir"),
     *("eval_only", "save_every", "timing", "command", "export", "plan", "changed", "test_only"),
@@ -40,40 +40,38 @@ def number(kind, low, high, wanted):
 count = number(int, 1, 2**31, "a whole number of 1 or more")
 count_or_zero = number(int, 0, 2**31, "a whole number of 0 or more")
 few = number(int, 1, 99, "a whole number from 1 to 99")
+rank = number(int, 1, 65536, "a whole number from 1 to 65536")
 positive = number(float, 1e-30, 1e30, "a positive number")
 non_negative = number(float, 0, 1e30, "a number of 0 or more")
 fraction = number(float, 0, 1 - 1e-9, "a fraction from 0 up to, not including, 1")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; an @file has several flags a line, # begins a comment."""
+    """Ends the program with one line where a flag is wrong."""
 
-    source = ""  # where the flags come from, if not from the command line
+    source = ""  # the file that the flags come from, if not from the command line
 
     def error(self, message):
         fail(f"{self.source}{message} (--help lists the flags)")
 
-    def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
-
-    def parse_recorded(self, flags, source):
-        """A Namespace of a result file's flags {name: value}, checked as a command line is."""
+    def recorded_line(self, flags):
+        """A result file's flags {name: value} as a command line, to be checked as one."""
         line = []
         for action in self._actions:
             value = flags.get(action.dest)
             values = [] if action.nargs == 0 else value if isinstance(value, list) else [value]
             if value is not None and (values or value == action.const):
-                line += [action.option_strings[-1], *map(str, values)]
-        self.source, self.fromfile_prefix_chars = source, None
-        args = self.parse_args(line)
-        self.source, self.fromfile_prefix_chars = "", "@"
-        return args
+                flag, words = action.option_strings[-1], [str(value) for value in values]
+                if any(word.startswith("-") for word in words):  # it would be another flag
+                    self.error(f"argument {flag}: {words}")
+                line += [flag, *words]
+        return line
 
 
 def adapter_args(parser):
     """Add the flags that every adapter has and the baseline has not."""
     add = parser.add_argument
-    add("--rank", type=count, default=8, help="The width r of the matrices A and B.")
+    add("--rank", type=rank, default=8, help="The width r of the matrices A and B.")
     targets = "The linear layers to adapt, by the end of their names (default: query and value)."
     add("--targets", nargs="+", metavar="NAME", help=targets)
     add("--dropout", type=fraction, default=0.0, help="Dropout on the adapter's input.")
@@ -101,15 +99,13 @@ def shared_args(parser):
     add("--base_dropout", type=fraction, default=0.0, help="Dropout inside the pre-trained model.")
     precision = "Number format of the frozen model; auto is bf16 on a GPU that has it, else fp32."
     add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help=precision)
-    checkpointing = "Compute activations again in the backward pass: less memory, more time."
-    add("--checkpointing", action="store_true", help=checkpointing)
+    add("--checkpointing", action="store_true", help="Recompute activations: less memory, slower.")
     add("--device", default="auto", help="cpu, cuda or cuda:1; auto is a GPU if there is one.")
 
     add = parser.add_argument_group("training").add_argument
     seeds = "Random seeds, one run each; compare.py needs 6 for a verdict."
     add("--seeds", type=count_or_zero, nargs="+", default=[0], help=seeds)
-    lr = "Peak learning rates, one run each; compare.py takes the one with the best dev score."
-    add("--lr", type=positive, nargs="+", default=[2e-3], help=lr)
+    add("--lr", type=positive, nargs="+", default=[2e-3], help="Peak learning rates, one run each.")
     add("--search", type=few, metavar="N", help="Try N values around --lr, factors of 2 apart.")
     head_lr = "Learning rate of the classification layer beside an adapter."
     add("--head_lr", type=positive, default=1e-3, help=head_lr)
@@ -146,9 +142,9 @@ def parse_args(doc, file, add_args, argv=None):
     ends the program with one line and status 2.
     """
     name = Path(file).name
-    options = {"fromfile_prefix_chars": "@", "allow_abbrev": False, "usage": f"{name} [flags]"}
+    options = {"prog": name, "usage": f"{name} [flags]", "allow_abbrev": False}
     style = argparse.RawDescriptionHelpFormatter
-    parser = Parser(prog=name, description=doc, formatter_class=style, **options)
+    parser = Parser(description=doc, formatter_class=style, **options)
     parser._optionals.title = "this method"
     shared_args(parser)
     shared = {action.dest for action in parser._actions}
@@ -158,18 +154,14 @@ def parse_args(doc, file, add_args, argv=None):
         if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
             action.help += f" (default: {as_word(action.default)})"
 
-    if argv is None:
-        one_line_on_interrupt()
-    line = sys.argv[1:] if argv is None else [str(word) for word in argv]
-    recorded = {}
-    try:
-        args = parser.parse_args(line)
-        if args.eval_only and (recorded := trained_run(args.eval_only)):
-            source = f"--eval_only {args.eval_only}, its result file: "
-            args = parser.parse_args(line, parser.parse_recorded(recorded, source))
-    except ValueError as error:  # an @file that is not text, or has an unclosed quote
-        files = " ".join(word for word in line if word[:1] == "@")
-        fail(f"{files}: not a file of flags ({first_line(error)})")
+    line = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
+    if broken := [word for word in line if any("\ud800" <= letter <= "\udfff" for letter in word)]:
+        fail(f"{broken[0]}: the name is not in UTF-8; rename it")
+    args = parser.parse_args(line)
+    recorded = trained_run(args.eval_only) if args.eval_only else {}
+    if recorded:
+        parser.source = f"--eval_only {args.eval_only}, its result file: "
+        args = parser.parse_args([*parser.recorded_line(recorded), *line])
     if getattr(args, "targets", None):
         targets = [layer for word in args.targets for layer in word.split(",") if layer]
         args.targets = targets or fail("--targets names no layer")
@@ -182,22 +174,23 @@ def parse_args(doc, file, add_args, argv=None):
         if len(args.lr) > 1:
             fail(f"--search {args.search}: around one --lr, not {len(args.lr)}")
         args.lr = [args.lr[0] * 2.0 ** (i - (args.search - 1) // 2) for i in range(args.search)]
+        if not 1e-30 <= args.lr[0] <= args.lr[-1] <= 1e30:
+            fail(f"--search {args.search}: {args.lr[0]:g} to {args.lr[-1]:g} are no learning rates")
 
-    known = [*HUB, *DEMOS]
+    built_in = [*HUB, *DEMOS]
     for key in ("dataset", "model"):  # one folder is one name: my, my/ and ./my
         value = getattr(args, key)
-        if value and Path(value).exists() and os.path.normpath(value) not in known:
+        if value and Path(value).exists() and os.path.normpath(value) not in built_in:
             setattr(args, key, os.path.normpath(value))
     source = Path(args.dataset)
-    if args.dataset not in known and not source.is_dir() and not is_data_file(source):
-        kinds = f"a file ({', '.join(ENDINGS)}), a folder nor one of {', '.join(known)}"
+    if args.dataset not in built_in and not source.is_dir() and not is_data_file(source):
+        kinds = f"a file ({', '.join(ENDINGS)}), a folder nor one of {', '.join(built_in)}"
         fail(f"--dataset {args.dataset}: neither {kinds}")
     args.model = args.model or ("demo" if args.dataset in DEMOS else "distilbert-base-uncased")
     args.max_length = args.max_length or LENGTHS.get(args.dataset, 256)
     args.eval_batch_size = args.eval_batch_size or args.batch_size
     # A folder given by an absolute path is recorded by its name alone: no machine's paths.
-    line = [re.sub(r"(^|[=@])/.*/", r"\1", word) for word in line]
-    args.command = " ".join([name, *line])
+    args.command = " ".join([name, *(re.sub(r"(^|=)/.*/", r"\1", word) for word in line)])
     args.test_only = bool(args.eval_only) and not recorded
     if recorded:
         refuse_contradictions(args, recorded)
@@ -213,7 +206,7 @@ def parse_args(doc, file, add_args, argv=None):
 def trained_run(folder):
     """The flags of the run that saved the adapter in `folder`, from the result file beside it.
 
-    {} where there is none. "data files" is their hash.
+    {} if there is no such file. "data files" is the hash of the data.
     """
     path = Path(f"{os.path.abspath(folder)}.json")
     if not path.exists():
@@ -280,11 +273,11 @@ def planned_runs(args):
     if ending.lower() not in ENDINGS or dataset in (*HUB, *DEMOS):  # a file goes by its stem
         dataset += ending
     stem = f"{dataset}-{args.name}-{Path(flags['model']).name}"
-    once = args.eval_only or args.epochs == 0  # nothing is trained: any learning rate will do
+    untrained = args.eval_only or args.epochs == 0  # so that one learning rate will do
     for seed in dict.fromkeys(args.seeds):  # a seed's learning rates in a row: they share data
-        for lr in args.lr[:1] if once else dict.fromkeys(args.lr):
+        for lr in args.lr[:1] if untrained else dict.fromkeys(args.lr):
             path = args.out / f"{stem}-lr{lr:g}-seed{seed}.json"
-            if len(os.fsencode(path.name)) > 240:
+            if len(os.fsencode(path.name)) > 210:  # temporary files get longer names
                 fail(f"{path.name[:40]} …: too long for a file's name; give a short --name")
             run = {"seed": seed, "lr": lr, "settings": flags, "path": path}
             planned.append(argparse.Namespace(**{**vars(args), **run}))
@@ -297,9 +290,10 @@ def runs(args):
     Each has its `number` of `count`. All results are looked at before the first run starts: one
     with other settings ends the program.
     """
-    folder = next(path for path in (args.out, *args.out.absolute().parents) if path.exists())
-    if not (folder.is_dir() and os.access(folder, os.W_OK)) and not args.eval_only:
-        fail(f"--out {args.out}: no folder that can be written; name another")
+    if not args.eval_only and process_index() == 0:
+        with library_errors(f"--out {args.out}: no folder that can be written; name another"):
+            args.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.out).close()
     todo = [run for run in planned_runs(args) if args.eval_only or not finished(run)]
     for number, run in enumerate(todo, 1):
         run.number, run.count = number, len(todo)

@@ -45,14 +45,16 @@ def is_our_mistake(error):
 def library_errors(message, status=2):
     """Turn an error raised inside a library into one line, `message` and the error's first line.
 
-    An error raised in our own code stays an exception, so that its traceback names file and line.
+    It ends the program with this status, or with status 0 only says so. An error raised in our own
+    code stays an exception, so that its traceback names file and line.
     """
     try:
         yield
     except Exception as error:  # the libraries raise every kind of exception
         if is_our_mistake(error):
             raise
-        fail(f"{message} ({type(error).__name__}: {first_line(error)})", status)
+        line = f"{message} ({type(error).__name__}: {first_line(error)})"
+        fail(line, status) if status else say(line)
 
 
 def process_index():
@@ -122,11 +124,15 @@ def agree(value):
     return values[0]
 
 
-def one_line_on_interrupt():
-    """Have Ctrl-C end the program with one line, outside training, which handles it itself."""
-    line = "stopped; the same command continues"
-    if process_count() == 1:
-        signal.signal(signal.SIGINT, lambda number, frame: fail(line, 128 + number))
+def is_running(number):
+    """Whether a process of this machine has this number, given as text."""
+    try:
+        os.kill(int(number), 0)  # signal 0 only asks
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 @contextlib.contextmanager
@@ -153,18 +159,17 @@ def stop_signals():
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(run, scoring=None):
-    """Turn running out of memory into one line: which flags need less, or `scoring`, a flag."""
+def explain_out_of_memory(run, advice=None):
+    """Turn running out of memory into one line: which flags need less, or another `advice`."""
     import torch
 
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "allocate" not in str(error):  # the words of the CPU's allocator
+        # A CPU's allocator raises a plain RuntimeError with these words.
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate" in str(error)
+        if not full:
             raise
-        half, twice = max(1, run.batch_size // 2), run.grad_accum * 2
-        training = f"--batch_size {half} with --grad_accum {twice}, --max_length below "
-        training += f"{run.max_length}, --checkpointing"
-        advice = f"{scoring}; the trained weights are saved" if scoring else training
-        fail(f"out of memory on {run.device}; these flags need less: {advice}", status=1)
+        flags = f"--batch_size {max(1, run.batch_size // 2)} with --grad_accum {run.grad_accum * 2}"
+        flags += f", --max_length below {run.max_length}, --checkpointing"
+        fail(f"out of memory on {run.device}; these need less: {advice or flags}", status=1)

@@ -5,16 +5,17 @@ What is read here may come from a stranger: types, shapes and values are checked
 
 import contextlib
 import functools
+import glob
 import hashlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
-import re
 import secrets
 import subprocess
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -23,18 +24,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from harness.batches import count_steps
-from harness.models import (
-    AdapterLayer,
-    class_names,
-    head_order,
-    informative,
-    refuse_head,
-    stand_ins,
-)
+from harness.models import AdapterLayer, class_names, head_order, refuse_head, stand_ins
 from harness.process import (
     agree,
     fail,
     first_line,
+    is_running,
     library_errors,
     process_count,
     process_index,
@@ -43,18 +38,25 @@ from harness.process import (
 from harness.rows import HUB, find_files
 
 LIBRARIES = ("torch", "transformers", "datasets", "bitsandbytes")
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal")  # of A and B; other starts change the base's W0
 
 
 @contextlib.contextmanager
 def replacing(path, what):
-    """Yield a new file beside `path` that takes its name at the end, and goes if anything fails.
+    """Yield a new file beside `path`; at the end it gets that name, or is removed after an error.
 
     Nobody can guess the new file's name, so a link that was planted in the folder receives nothing.
+    The name also holds the process: what a killed process of this machine left behind is removed.
     """
-    unfinished = path.with_name(f"{secrets.token_hex(8)}.tmp")
+    machine = zlib.crc32(platform.node().encode())
+    begin = f"{path.stem}.{machine:x}-"
+    unfinished = path.with_name(f"{begin}{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         with library_errors(f"--out {path.parent}: cannot write the {what}", status=1):
             path.parent.mkdir(parents=True, exist_ok=True)
+            for file in path.parent.glob(f"{glob.escape(begin)}*.tmp"):
+                if not is_running(file.name.removeprefix(begin).split(".")[0]):
+                    file.unlink(missing_ok=True)
             unfinished.touch(exist_ok=False)
             yield unfinished
             unfinished.replace(path)
@@ -84,12 +86,9 @@ def read_result(path):
 
 @functools.cache
 def files_sha256(dataset, data_dir):
-    """The hash of the files that a data set is read from: their names and bytes.
-
-    All data sets without files have one.
-    """
-    place, digest = Path(data_dir) / dataset if dataset in HUB else Path(dataset), hashlib.sha256()
-    splits = find_files(f"--dataset {dataset}", dataset, data_dir) if place.exists() else {}
+    """The hash of the names and bytes of a data set's files; the same for all that have none."""
+    folder, digest = Path(data_dir) / dataset if dataset in HUB else Path(dataset), hashlib.sha256()
+    splits = find_files(f"--dataset {dataset}", dataset, data_dir) if folder.exists() else {}
     for file in (file for files in splits.values() for file in files):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
@@ -117,9 +116,9 @@ def finished(run):
     A run that was stopped while it was measured is not finished: it lacks the costs, and has a
     checkpoint.
     """
-    done = False
-    if run.path.with_suffix("").is_symlink():
-        fail(f"{run.path.with_suffix('')} is a link, and the adapter belongs there; remove it")
+    done, folder = False, run.path.with_suffix("")
+    if folder.is_symlink():
+        fail(f"{folder} is a link, and the adapter belongs there; remove it")
     if process_index() == 0 and os.path.lexists(run.path) and not run.force:
         result = read_result(run.path)
         if not result:
@@ -135,7 +134,7 @@ def finished(run):
         stopped = result.get("untrained") or run.path.with_suffix(".checkpoint").exists()
         done = "time" in result or not stopped
         if done and run.export:
-            fail(f"{run.path} is there already; --eval_only {run.path.with_suffix('')} exports it")
+            fail(f"{run.path} is there already; --eval_only {folder} exports it")
         if done:
             say(f"{run.path} is there already; --force runs it again")
     return agree(done)
@@ -151,16 +150,16 @@ def changing(model):
 
 
 def identity(run, data, base):
-    """What a checkpoint shares with the run that continues it."""
+    """What a checkpoint and the run that continues it must agree in, {name: value}."""
     tokens = hashlib.sha256(json.dumps(data.description).encode()).hexdigest()
-    kept = decisive(run.settings, run.lr, process_count(), tokens)
-    return kept | {"base weights": base.sha256}
+    settings = decisive(run.settings, run.lr, process_count(), tokens)
+    return settings | {"base weights": base.sha256}
 
 
 def save_checkpoint(run, data, base, optimizer, history):
     """Write what a stopped run needs. Random numbers depend on (seed, step): none to keep."""
-    if process_index() == 0:
-        losses = [(step, lr, float(loss)) for step, lr, loss in history.losses]
+    losses = [(step, lr, float(loss)) for step, lr, loss in history.losses]
+    if process_index() == 0 and all(math.isfinite(loss) for _, _, loss in losses):
         state = {
             "run": identity(run, data, base),
             "model": changing(base.model),
@@ -177,10 +176,10 @@ def load_checkpoint(run, data, base, optimizer, history):
     if process_index() == 0 and path.is_file():
         with library_errors(f"{path} cannot be read; remove it to start afresh"):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        if misfit := misfit_of(state, run, data, base, optimizer):
-            if not run.force:
-                fail(f"{path}: {misfit}; --name NAME keeps it, --force starts afresh")
-            state = None
+            misfit = misfit_of(state, run, data, base, optimizer)
+        if misfit and not run.force:
+            fail(f"{path}: {misfit}; --name NAME keeps it, --force starts afresh")
+        state = None if misfit else state
     state = agree(state)
     if state:
         base.model.load_state_dict(state["model"], strict=False)
@@ -191,33 +190,60 @@ def load_checkpoint(run, data, base, optimizer, history):
 
 
 def misfit_of(state, run, data, base, optimizer):
-    """Why a checkpoint's state is not one of this run, in words; "" where it is."""
-
-    def types(part):
-        return {key: type(value) for key, value in part.items()} if isinstance(part, dict) else {}
-
-    def shapes(part):
-        return {key: getattr(value, "shape", None) for key, value in part.items()}
-
-    if types(state) != dict.fromkeys(("run", "model", "optimizer", "history"), dict):
+    """Why a checkpoint's state is not one of this run, in words; "" if it is."""
+    old = state.get("run") if isinstance(state, dict) else None
+    if not isinstance(old, dict):
         return "it is no checkpoint"
-    if differ := differences(state["run"], identity(run, data, base)):
+    old = json.loads(json.dumps(old, default=str, skipkeys=True))  # tensors cannot be compared
+    if differ := differences(old, identity(run, data, base)):
         return f"it is of a run with other settings or data ({differ})"
-    if shapes(state["model"]) != shapes(changing(base.model)):
-        return "its weights are not those of this model"
-    tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
-    entries = [state["optimizer"].get(number, {}) for number in range(len(tensors))]
-    for tensor, entry in zip(tensors, entries, strict=True):  # AdamW: a count and two moments
-        if "step" not in types(entry) or [*shapes(entry).values()].count(tensor.shape) < 2:
-            return "its optimizer's state is not that of this model"
+    row = (0, 0.0, 0.0)
+    history = {"step": 0, "curve": [row], "losses": [row], "laps": [0.0], "diverged": False}
+    weights = {name: torch.zeros_like(tensor) for name, tensor in changing(base.model).items()}
+    forms = {"model": weights, "optimizer": state_after_a_step(optimizer), "history": history}
+    for part, form in forms.items():
+        if not has_form(state.get(part), form):
+            return f"its {part} does not fit this run"
     history, total = state["history"], count_steps(run, data)
-    kinds = {"step": int, "curve": list, "losses": list, "laps": list, "diverged": bool}
-    sound = types(history) == kinds and 0 < history["step"] == len(history["laps"]) <= total
-    rows = [*history["curve"], *history["losses"]] if sound else []
-    rows += [(0, 0.0, seconds) for seconds in history["laps"]] if sound else []
-    sound = sound and all(isinstance(row, list | tuple) for row in rows)
-    sound = sound and all([*map(type, row)] == [int, float, float] for row in rows)
-    return "" if sound else f"its history is not one of at most {total} steps"
+    steps = {float(entry["step"]) for entry in state["optimizer"].values()} | {history["step"]}
+    fits = len(steps) == 1 and 0 < history["step"] == len(history["laps"]) <= total
+    return "" if fits and not history["diverged"] else f"its history is not one of {total} steps"
+
+
+def state_after_a_step(optimizer):
+    """The state {number: {name: value}} of a fresh optimizer after a step with a gradient of −1.
+
+    What is positive then (a count, a square) is always so. At a learning rate of 0 no weight moves.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for tensor in group["params"]:
+            tensor.grad = torch.full_like(tensor, -1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    state = optimizer.state_dict()["state"]
+    optimizer.state.clear()
+    return state
+
+
+def has_form(value, form):
+    """Whether a nested value has the types, keys, shapes and dtypes of `form`, and finite numbers.
+
+    A tensor has no negative number if that of `form` is positive. A list in `form` has one element.
+    """
+    if type(value) is not type(form):
+        return False
+    if isinstance(form, dict):
+        return value.keys() == form.keys() and all(has_form(value[key], form[key]) for key in form)
+    if isinstance(form, list):
+        return all(has_form(element, form[0]) for element in value)
+    if isinstance(form, tuple):
+        return len(value) == len(form) and all(map(has_form, value, form))
+    if isinstance(form, torch.Tensor):
+        same = (value.shape, value.dtype, value.layout) == (form.shape, form.dtype, form.layout)
+        same = same and value.device.type == "cpu" and bool(value.isfinite().all())
+        return same and not ((value < 0).any() and (form > 0).all())
+    return not isinstance(form, float) or math.isfinite(value)
 
 
 # --------------------------------------------------------------------------------------- adapters
@@ -239,7 +265,7 @@ def adapter_tensors(model):
 
 def base_identity(base, method):
     """The hash of the frozen weights, and the format that the method keeps them in."""
-    return ":".join(filter(None, [base.sha256, method.base_format]))
+    return f"{base.sha256}:{method.base_format}".removesuffix(":")
 
 
 def save_adapter(run, data, base, method):
@@ -287,7 +313,7 @@ def head_classes(run, config):
     if not run.eval_only:
         return class_names(config)
     names = read_adapter(run.eval_only, False)[2].get("classes")
-    return informative(names if isinstance(names, list) else [])
+    return names if names and isinstance(names, list) else None
 
 
 def load_adapter(run, base, method):
@@ -303,21 +329,25 @@ def load_adapter(run, base, method):
     if names and not head_order(names, classes):
         refuse_head(where, names, classes)
     start = config.get("init_lora_weights")
-    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
-        fail(f"{where}: it started from {start!r}, which changes the base itself")
-    for key in ("use_rslora", "use_dora", "alora_invocation_tokens"):
-        if config.get(key):
-            fail(f"{where}: made with {key}, another computation than ours; not supported")
+    changes = {
+        key: config.get(key) for key in ("use_rslora", "use_dora", "alora_invocation_tokens")
+    }
+    changes["init_lora_weights"] = start if start not in (True, *PLAIN_STARTS) else None
+    for key, value in changes.items():
+        if value:
+            fail(f"{where}: made with {key} {value!s:.40}, another computation than ours")
     for key, flag in {"peft_type": "the script", "r": "--rank", "lora_alpha": "--alpha"}.items():
         if key in ours and config.get(key) != ours[key]:
-            fail(f"{where}: {key} is {config.get(key)} there and {ours[key]} here; change {flag}")
+            text = f"its config says {key} {config.get(key)!r:.40}, and this run {ours[key]!r}"
+            fail(f"{where}: {text}; change {flag}")
     sha256 = trained_on.get("base_sha256")
     if sha256 not in (None, base_identity(base, method)):
         other = f"trained on another base than --model {run.model}, in other bits or for another"
         fail(f"{where}: {other} task; change --model, the script or --dataset")
     if sha256 is None and method.base_format:
         say(f"{where}: scored on the base in {method.base_format}, as made here")
-    cut_ranks(where, config, ours.get("r"), ours.get("lora_alpha"), stand_ins(model))
+    layers = {path: layer for path, layer in stand_ins(model).items() if layer.keys}
+    cut_ranks(where, config, ours.get("r"), ours.get("lora_alpha"), layers)
     wanted = adapter_tensors(model)
     missing, unexpected = wanted.keys() - saved.keys(), saved.keys() - wanted.keys()
     if missing or unexpected:
@@ -326,58 +356,49 @@ def load_adapter(run, base, method):
         fail(f"{where}: {counts}; same --targets and data set?")
     for name, tensor in wanted.items():
         if tensor.shape != saved[name].shape:
-            old, new = list(saved[name].shape), list(tensor.shape)
-            fail(f"{where}: {name} is {old} there, {new} here; same --rank?")
-        if not saved[name].is_floating_point() or not saved[name].float().isfinite().all():
-            fail(f"{where}: {name} holds NaN, infinity or integers; the adapter is broken")
+            shapes = f"{list(saved[name].shape)} in the file, {list(tensor.shape)} in this model"
+            fail(f"{where}: {name} is {shapes}; same --rank?")
+        # Products of much larger numbers overflow, and all scores would be NaN.
+        if not saved[name].is_floating_point() or not (saved[name].float().abs() < 1e4).all():
+            fail(f"{where}: {name} holds integers, NaN or numbers above 10,000: it is broken")
         tensor.data.copy_(saved[name])
 
 
 def cut_ranks(where, config, r, alpha, layers):
-    """Cut A and B of `layers` {path: layer} to a pruned adapter's ranks, at the scale alpha/r."""
+    """Cut A and B of `layers` {path: layer} to the ranks of a pruned adapter.
+
+    The patterns in its config must name every layer, and all layers must have the scale alpha/r.
+    """
     ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-    known = isinstance(ranks, dict) and isinstance(alphas, dict)
-    known = known and {*ranks, *alphas} <= (layers if alpha else {}).keys()
-    for path in {**ranks, **alphas} if known else ():
-        rank, scaled = ranks.get(path, r), alphas.get(path, alpha)
-        known = known and type(rank) is int and 0 < rank <= r
-        known = known and type(scaled) in (int, float) and 0 < scaled < 1e9
-        known = known and math.isclose(scaled / rank, alpha / r, rel_tol=1e-6)
-        if known:
-            layers[path].A = nn.Parameter(layers[path].A[:rank].detach().clone())
-            layers[path].B = nn.Parameter(layers[path].B[:, :rank].detach().clone())
-    if not known:
+    if not ranks and not alphas:
+        return
+    ours = alpha and isinstance(ranks, dict) and ranks.keys() == layers.keys()
+    ours = ours and all(type(rank) is int and 0 < rank <= r for rank in ranks.values())
+    if not ours or alphas != {path: alpha * rank / r for path, rank in ranks.items()}:
         fail(f"{where}: its rank_pattern or alpha_pattern is not one of ours")
+    for path, layer in layers.items():
+        layer.A = nn.Parameter(layer.A[: ranks[path]].detach().clone())
+        layer.B = nn.Parameter(layer.B[:, : ranks[path]].detach().clone())
 
 
 # ------------------------------------------------------------------------------------ result file
 
 
 def environment(run):
-    """What the figures depend on beside the code: versions, device, threads, load, commit."""
-
-    def git(*command):
-        options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
-        try:
-            return subprocess.run(["git", *command], check=True, **options).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    numbers = {"python": platform.python_version(), **dict.fromkeys(LIBRARIES)}
+    """What the numbers depend on beside the code: versions, device, threads, load, commit."""
+    values = {"python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            numbers[name] = importlib.metadata.version(name).split("+")[0]
-    cpu = None
-    with contextlib.suppress(OSError):  # not Linux
-        cpu = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+            values[name] = importlib.metadata.version(name).split("+")[0]
     cuda = "cuda" in run.device and f"cuda {torch.cuda.get_device_name(run.device)}"
-    numbers["device"] = cuda or f"cpu {platform.machine()}"
-    numbers["cpu"] = cpu[1] if cpu else platform.processor() or None
-    numbers |= {"processes": process_count(), "threads": torch.get_num_threads()}
-    numbers |= {"precision": run.precision, "load_average": os.getloadavg()[0]}
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    dirty = None if changes is None else bool(changes)
-    return numbers | {"commit": git("rev-parse", "HEAD"), "dirty": dirty}
+    values["device"] = cuda or f"cpu {platform.machine()}"
+    values |= {"processes": process_count(), "threads": torch.get_num_threads()}
+    values |= {"precision": run.precision, "load_average": os.getloadavg()[0]}
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    options = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    with contextlib.suppress(OSError):  # git is not installed
+        values["commit"] = subprocess.run(command, **options).stdout.strip() or None
+    return values
 
 
 def save_result(run, data, base, method, history, scores, costs=None):
@@ -390,10 +411,10 @@ def save_result(run, data, base, method, history, scores, costs=None):
         return run.path
     report = method.report() if costs else {}  # expensive, so only after the scores are on disk
     files, merged = files_sha256(run.dataset, run.data_dir), (costs or {}).pop("merged", None)
-    kept = {key: run.settings[key] for key in ("dataset", "model")}
-    result = {"schema": 3, "method": run.method, "name": run.name, **kept, "lr": run.lr}
-    result |= {"seed": run.seed, "untrained": history.step == 0}
-    result |= {"diverged": history.diverged or scores["diverged"], "settings": run.settings}
+    result = {"schema": 3, "method": run.method, "name": run.name, "lr": run.lr, "seed": run.seed}
+    result |= {key: run.settings[key] for key in ("dataset", "model")}
+    result |= {"settings": run.settings, "untrained": history.step == 0}
+    result |= {"diverged": history.diverged or scores["diverged"]}
     result |= {"peft": method.peft or None, "data": data.description | {"files_sha256": files}}
     result |= {"base": {"sha256": base.sha256, "weights": base.weights}}
     result |= {"metrics": scores["metrics"] | {"merged": merged}}

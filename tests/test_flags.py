@@ -108,16 +108,6 @@ def test_other_settings_are_an_error_before_any_training(good, capfd, monkeypatc
     assert first != other and first.exists() and other.exists()
 
 
-def test_a_file_of_flags(tmp_path, capfd):
-    (tmp_path / "flags.txt").write_text("--rank 4  # small\n\n--seeds 3 4\n")
-    args = parsed(lora, f"@{tmp_path / 'flags.txt'}")
-    assert args.rank == 4 and args.seeds == [3, 4] and str(tmp_path) not in args.command
-    for content in (b"\xff\xfe\x00", b"--name 'open"):
-        (tmp_path / "flags.txt").write_bytes(content)
-        code, error = ended(capfd, lora, f"@{tmp_path / 'flags.txt'}")
-        assert code == 2 and "flags.txt: not a file of flags" in error
-
-
 def test_one_folder_is_one_name(models, reviews, tmp_path, monkeypatch):
     (tmp_path / "my").symlink_to(reviews)
     monkeypatch.chdir(tmp_path)
@@ -128,7 +118,8 @@ def test_one_folder_is_one_name(models, reviews, tmp_path, monkeypatch):
 
 
 WRONG = {  # flags, what the line names
-    "rank 0": (["--rank", 0], "argument --rank: '0' is not a whole number of 1 or more"),
+    "rank 0": (["--rank", 0], "argument --rank: '0' is not a whole number from 1 to 65536"),
+    "huge rank": (["--rank", 2 * 10**9], "argument --rank: '2000000000' is not a whole number"),
     "rate": (["--lr", "fast"], "argument --lr: 'fast' is not a positive number"),
     "negative rate": (["--lr", -1], "--lr"),
     "nan": (["--head_lr", "nan"], "--head_lr"),
@@ -144,6 +135,9 @@ WRONG = {  # flags, what the line names
     "targets": (["--targets", ","], "--targets names no layer"),
     "search": (["--search", 3, "--lr", 1, 2], "--search 3: around one --lr"),
     "long search": (["--search", 2200], "--search: '2200' is not a whole number from 1 to 99"),
+    "far search": (["--search", 9, "--lr", 1e-30], "--search 9: 6.25e-32 to 1.6e-29 are no lear"),
+    "half a character": (["--model", "a\ud800"], "a�: the name is not in UTF-8"),
+    "no place": (["--out", "/proc/x"], "--out /proc/x: no folder that can be written"),
     "device": (["--device", "tpu"], "--device tpu"),
     "length": (["--max_length", 5000], "--max_length 5000"),
     "out, a file": (["--out", __file__], f"--out {__file__}: no folder that can be written"),
