@@ -6,6 +6,7 @@ python baseline.py --dataset sst2                       # head only: what an ada
 python baseline.py --dataset sst2 --full --lr 1e-4      # every weight: what it is measured by
 """
 
+import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
 from common import Method, evaluate, load_base, load_data, measure, train
 from harness.export import export
 from harness.flags import parse_args, runs

@@ -74,7 +74,6 @@ class Method:
 
 TYPICAL_STEP = 50, 100  # step and total for before_step when costs are measured on one step
 
-
 # ------------------------------------------------------------------------------------------- data
 
 
@@ -147,10 +146,9 @@ class Base:
 
 
 def load_base(run, data):
-    """The pre-trained model with a head for the task, frozen but for what the checkpoint lacks.
+    """The pre-trained model; a classifier's head, and what the checkpoint lacks, are trained.
 
-    A classifier's head is trained in any case. What is missing is drawn from the run's seed, so
-    that every method starts from the same head.
+    The run's seed draws what is missing, so that every method starts from the same head.
     """
     _, config = load_tokenizer(run.model)
     config = models.configure(config, run.base_dropout, data.pad, data.classes)
@@ -174,11 +172,10 @@ def make_base(run, model, head, task, reads_last):
     positions = (lambda: base.batch.output_positions), reads_last
     base.last_block_cut = compute_output_positions_only(model, task, *positions)
     if run.precision == "bf16":
-        linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        trained = [module for name, module in linears if f"{name}.weight" in head]
-        output = [] if task == "classification" else [model.get_output_embeddings()]
-        for layer in {*trained, *output}:
-            models.compute_logits_in_fp32(layer)
+        output = None if task == "classification" else model.get_output_embeddings()
+        for name, layer in model.named_modules():
+            if layer is output or isinstance(layer, nn.Linear) and f"{name}.weight" in head:
+                models.compute_logits_in_fp32(layer)
     if run.checkpointing:
         models.checkpoint_activations(run.model, model)
     return base
@@ -324,7 +321,8 @@ def try_model(run, data, base, method, trained):
     place(run, base)  # check_logits left it in fp32
     base.model.train()
     kind = base.model.config.model_type
-    with library_errors(f"--model {run.model}: {kind} cannot be trained in {run.precision}"):
+    refusal = f"--model {run.model}: {kind} cannot be trained in {run.precision}"
+    with library_errors(refusal), explain_out_of_memory(run):
         targets = predicted_tokens(data, data.train, run.seed, 0)
         examples = torch.zeros(process_count(), dtype=torch.int64)  # one for each process
         gradient(run, data, base, method, examples, targets, trained)
@@ -347,9 +345,8 @@ def set_learning_rate(optimizer, step, total, warmup):
 def gradient(run, data, base, method, examples, targets, trained):
     """Leave the gradient of the mean loss over a global batch in .grad; returns that loss.
 
-    examples (n,): of all processes. Each part's loss is a sum, divided by the number of scored
-    examples or tokens in the whole batch, so how it is cut does not change the gradient. Each
-    process takes every process_count()-th example; one without examples adds zeros.
+    examples (n,): of all processes; each takes every process_count()-th one. Each part's loss is
+    divided by the scored examples or tokens of the whole batch, so how it is cut changes nothing.
     """
     scored = targets.counts[examples].sum().clamp(min=1).item()
     loss = torch.zeros((), device=run.device)
@@ -365,6 +362,20 @@ def gradient(run, data, base, method, examples, targets, trained):
     if unreached and len(mine):
         fail(f"--targets: no gradient reaches {', '.join(unreached[:4])}; name other layers")
     return all_reduce(loss, trained) if process_count() > 1 else loss
+
+
+def all_reduce(loss, trained):
+    """Sum loss and gradients over the processes; returns the loss.
+
+    Adapters are small: one flat tensor, one all-reduce a step, nothing else.
+    """
+    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in trained.values()]
+    flat = torch.cat([loss[None], *(grad.flatten() for grad in grads)])
+    dist.all_reduce(flat)
+    sums = flat[1:].split([grad.numel() for grad in grads])
+    for tensor, grad in zip(trained.values(), sums, strict=True):
+        tensor.grad = grad.view_as(tensor)
+    return flat[0]
 
 
 def log_losses(history, progress):
@@ -449,8 +460,7 @@ def score(run, data, base, split, name):
         dist.all_reduce(predicted)
     invalid = ~nll.isfinite()
     if invalid.any():
-        count = f"the loss of {invalid.sum():,} examples"
-        say(f"{name}: {count} is NaN or infinite: they count as wrong")
+        say(f"{name}: {invalid.sum():,} losses are NaN or infinite; these examples count as wrong")
         nll[invalid], predicted[invalid] = 20.0 * targets.counts.to(nll)[invalid], -1
     return Scores(nll.cpu(), targets.counts, predicted.cpu(), bool(invalid.any()))
 
@@ -480,7 +490,7 @@ class LatestCosts:
     key, costs = "", {}
 
     def of(self, key, count):
-        """The costs of the run with this key; count() returns them if they are not known yet."""
+        """The costs of the run with this key; count() returns them if it is a new one."""
         if key != self.key:
             self.costs, self.key = count(), key
         return self.costs
@@ -502,7 +512,6 @@ def measure(run, data, base, method, history):
         "time": meters.summarize_time(history.laps, per_epoch, sizes),
         "disk": meters.count_disk(base, frozen_dtype(run)),
     }
-
     shapes = [tuple(tensor.shape) for tensor in trained_tensors(base.model).values()]
     key = repr((run.settings, run.seed, run.device, base.sha256, history.step, shapes))
     experiment = run, data, base
@@ -518,14 +527,17 @@ def measure(run, data, base, method, history):
     return costs
 
 
-def count_memory(run, data, base, method):
-    """Bytes at the peak of a training step and of an inference batch, by kind.
+def measured(name, work, *arguments):
+    """{name: work(*arguments)}; {} and a line if a library cannot do it: the scores are safe."""
+    with library_errors(f"{name}: not measured", status=0):
+        return {name: work(*arguments)}
+    return {}
 
-    Both on the largest batch that the run had.
-    """
-    trained = trained_tensors(base.model)
+
+def count_memory(run, data, base, method):
+    """Bytes at the peak of a training step and of scoring, by kind, on the largest batches."""
+    trained, lengths = trained_tensors(base.model), data.test.lengths
     _, examples, targets = next(training_batches(run, data, 1, 1))
-    lengths = data.test.lengths
     parts = batches.scoring_parts(run, lengths)
     largest = max(parts, key=lambda part: len(part) * lengths[part].max())
     test_targets = predicted_tokens(data, data.test, "test")
@@ -544,9 +556,9 @@ def count_memory(run, data, base, method):
 def step_memory(run, base, method, backward, inference):
     """Bytes at the peak of a training step and of inference, by kind; the same for fake tensors.
 
-    backward() leaves gradients, inference() is a forward pass. The step has a learning rate of 0
-    and an optimizer with its state, so that nothing changes. CUDA's own peak of the same work
-    stands beside each: {"train": {kind: bytes}, "train_allocator": bytes or None, "inference": …}.
+    backward() leaves gradients, inference() is a forward pass. With a learning rate of 0 the step
+    changes nothing. CUDA's own peak is beside each count: {"train": {kind: bytes},
+    "train_allocator": bytes or None, "inference": …}.
     """
     model, trained, memory = base.model, trained_tensors(base.model), {}
     frozen = [t for t in (*model.parameters(), *model.buffers()) if not t.requires_grad]
@@ -590,7 +602,7 @@ def count_flops(run, data, base, method, steps):
 
     def passes(split, parts, training):
         """Each pass as a function, and its (tokens, pairs of tokens, output positions)."""
-        targets, lengths = predicted_tokens(data, split, "test"), split.lengths
+        targets, prices = predicted_tokens(data, split, "test"), []
 
         def work(examples):
             batch = collate(data, split, examples, targets).to(run.device)
@@ -599,27 +611,23 @@ def count_flops(run, data, base, method, steps):
             if training:
                 loss.backward()
 
-        sizes = [(len(part), int(lengths[part].max())) for part in parts]
-        outputs = [int(targets.counts[part].sum()) for part in parts]
-        triples = zip(sizes, outputs, strict=True)
-        prices = [(n * longest, n * longest**2, r) for (n, longest), r in triples]
+        for part in parts:
+            n, longest = len(part), int(split.lengths[part].max())
+            prices.append((n * longest, n * longest**2, int(targets.counts[part].sum())))
         return [functools.partial(work, part) for part in parts], prices
 
-    base.model.eval()
-    lengths = data.test.lengths
-    inference = meters.fitted_flops(
-        base.model, *passes(data.test, batches.scoring_parts(run, lengths), training=False)
-    )
-    base.model.train()
+    model, lengths = base.model, data.test.lengths
+    scoring = passes(data.test, batches.scoring_parts(run, lengths), training=False)
+    inference = meters.fitted_flops(model.eval(), *scoring)
+    model.train()
     works, prices = passes(data.train, list(itertools.chain.from_iterable(steps)), training=True)
     method.before_step(*TYPICAL_STEP)
     per_step = 0.0  # what the first pass of a step does beside the others, on one of middle size
     if works and method.tokens_together:
         firsts = np.cumsum([0, *map(len, steps[:-1])])
         middle = works[sorted(firsts, key=lambda i: prices[i])[len(steps) // 2]]
-        first = meters.count_flops(base.model, middle)
-        per_step = first - meters.count_flops(base.model, middle)
-    total = meters.fitted_flops(base.model, works, prices) + per_step * len(steps)
+        per_step = meters.count_flops(model, middle) - meters.count_flops(model, middle)
+    total = meters.fitted_flops(model, works, prices) + per_step * len(steps)
     step = total / max(1, len(steps))
     return {"step": step, "total": total, "inference_example": inference / len(lengths)}
 

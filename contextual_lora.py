@@ -8,13 +8,11 @@ Paper: Khaki et al. 2025, "SparseLoRA: Accelerating LLM Fine-Tuning with Context
     python contextual_lora.py --dataset imdb
 
 The wide middle of a block's feed-forward layer has thousands of channels, and for one batch most of
-them contribute little. In each training step every sliced block scores its channels on a sample of
-the batch's tokens and computes only the best ones, forward and backward. The LoRA branch stays
-dense, and so do the first steps, evaluation and merging.
-
-Channels are picked once per step, on 256 random tokens from the first examples of the global batch
-(at most 1,024 tokens). The picks do not depend on how the batch is cut into parts, nor on the
-device. Under torchrun each process picks for its own examples.
+them contribute little. In each training step every sliced block scores its channels on 256 random
+tokens from the batch's first examples (at most 1,024 tokens) and computes only the best ones,
+forward and backward. The LoRA branch stays dense, and so do the first steps, evaluation and
+merging. How a batch is cut into parts and the device do not change the channels; under torchrun
+each process picks for its own examples.
 
 Departures from the paper, which treats decoders of 7B weights and more: [CLS], or the masked tokens
 that are scored, stay dense, as a decoder's output tokens do there. The paper predicts which
@@ -25,6 +23,7 @@ layers are sliced follows the paper's GLUE configuration. It leaves out 95 % of 
 default is 90 %.
 """
 
+import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -55,11 +54,8 @@ def slicing_args(parser):
     add = parser.add_argument
     left_out = "The fraction of feed-forward channels left out in the deep layers."
     add("--channel_sparsity", type=fraction, default=0.9, help=left_out)
-    add(
-        "--dense_layers",
-        type=count_or_zero,
-        help="This many first layers stay dense (default: half).",
-    )
+    first = "This many first layers stay dense (default: half)."
+    add("--dense_layers", type=count_or_zero, help=first)
     dense = "scored: tokens whose output is used stay dense (no effect in a causal LM)."
     add("--dense_tokens", choices=["scored", "none"], default="scored", help=dense)
     scores = "Score channels exactly on a sample of tokens, or by a rank-8 SVD."
@@ -70,12 +66,13 @@ def slicing_args(parser):
 
 
 def sampled_scores(x, weights, biases, act):
-    """‖z_j‖ of every channel j over the tokens x (T, in): (hidden,). Exact on these tokens.
-
-    z = act(x·W1ᵀ + b1), or act(gate)·up where the block is gated (section 3.1 scores channels by
-    this norm, over all tokens).
-    """
+    """‖z_j‖ of every channel j over the tokens x (T, in), as in section 3.1: (hidden,)."""
     z = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return channel_norms(z, act)
+
+
+def channel_norms(z, act):
+    """The norm over tokens of act(z), or of act(gate)·up in a gated block: (hidden,)."""
     return (act(z[0]) if len(z) == 1 else act(z[0]) * z[1]).norm(dim=0)
 
 
@@ -90,9 +87,8 @@ def svd_estimate(weight, k=8):
 
 def estimated_scores(x, factors, biases, act):
     """As sampled_scores, with each product replaced by its rank-8 estimate."""
-    z = [(x @ P) @ R for P, R in factors]
-    z = [part if bias is None else part + bias for part, bias in zip(z, biases, strict=True)]
-    return (act(z[0]) if len(z) == 1 else act(z[0]) * z[1]).norm(dim=0)
+    pairs = zip(factors, biases, strict=True)
+    return channel_norms([F.linear(x @ P, R.T, bias) for (P, R), bias in pairs], act)
 
 
 def layer_sparsity(layer, layers, sparsity, dense):
@@ -126,8 +122,8 @@ class StepState:
     def sampled_positions(self):
         """Flat positions (T,) of the tokens to score channels on: drawn once a step.
 
-        From the step's first examples, CANDIDATES tokens, without those that stay dense. However
-        the batch is cut, its first part holds these examples (Method.tokens_together).
+        From the first CANDIDATES tokens, without those that stay dense. However the batch is cut,
+        its first part holds these examples (Method.tokens_together).
         """
         if self.run.plan:  # --plan's tensors have no values to look at
             return self.base.batch.token_positions[:SAMPLED]
@@ -141,8 +137,7 @@ class StepState:
             positions = sliced if len(sliced) else positions
             if self.run.estimator == "sample":
                 generator = generator_for(self.run.seed, "channels", self.step)
-                drawn = torch.randperm(len(positions), generator=generator)[:SAMPLED]
-                positions = positions[drawn]
+                positions = positions[torch.randperm(len(positions), generator=generator)[:SAMPLED]]
             self.sample = positions.to(self.run.device, non_blocking=True)
         return self.sample
 
@@ -164,9 +159,8 @@ class BlockState:
 class SparseUp(nn.Module):
     """The layer into a block's wide middle: computes the picked channels, all for dense tokens.
 
-    While sparse it returns one flat vector, all tokens' picked channels and then the dense tokens'
-    full ones: the activation between here and SparseDown is element-wise and does not mind. The
-    other channels are left out, not rescaled.
+    While sparse it returns one flat vector: all tokens' picked channels, then the dense tokens' full
+    ones. The activation between here and SparseDown is element-wise, so it takes any shape.
     """
 
     def __init__(self, base, block, first):
@@ -231,7 +225,7 @@ def slice_blocks(run, base):
 
     Returns (StepState, {block: channels kept}).
     """
-    model, step, kept = base.model, StepState(run, base), {}
+    model, step, counts = base.model, StepState(run, base), {}
     act, blocks = activation(model.config), feed_forward_layers(model)
     if not blocks:
         kind = model.config.model_type
@@ -258,10 +252,10 @@ def slice_blocks(run, base):
             model.set_submodule(name + end, SparseUp(layer, block, first=layer is up[0]))
         model.set_submodule(name + ends[-1], SparseDown(down, block))
         step.blocks.append(block)
-        kept[name.rstrip(".")] = keep
-    if not kept:
+        counts[name.rstrip(".")] = keep
+    if not counts:
         fail(f"--channel_sparsity {run.channel_sparsity:g}: no channel would be left out")
-    return step, kept
+    return step, counts
 
 
 # ------------------------------------------------------------------------------------- the method
@@ -270,9 +264,9 @@ def slice_blocks(run, base):
 def adapt(run, base):
     """Adapt every target layer as LoRA does, slice the feed-forward layers; returns the Method."""
     method = lora.adapt(run, base)
-    step, kept = slice_blocks(run, base)
+    step, counts = slice_blocks(run, base)
     method.tokens_together, method.before_step = CANDIDATES, step.begin
-    method.report = lambda: {"channels_kept": kept}
+    method.report = lambda: {"channels_kept": counts}
     return method
 
 

@@ -15,6 +15,7 @@ Departures from the paper: its A and B are named the other way round; the learni
 1e-3 (a step is multiplied by |W0|, a few hundredths); --dropout is PEFT's, the authors have none.
 """
 
+import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
 import torch
 import torch.nn.functional as F
 from torch import nn

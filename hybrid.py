@@ -1,7 +1,7 @@
 """Two methods at once, composed from the other files: HiRA or contextual sparsity on a 4-bit base.
 
     y = (deq(W) ⊙ (1 + B·A))·x + b                 --update hira: QHiRA
-    y = deq(W)·x + b + (α/r)·B·A·x                 --update contextual: sparse QLoRA, where the
+    y = deq(W)·x + b + (α/r)·B·A·x                 --update contextual: contextual QLoRA, where
                                                    feed-forward W is sliced after unpacking
     python hybrid.py --dataset sst2 --update hira
     python hybrid.py --dataset sst2 --update contextual
@@ -14,6 +14,7 @@ unpacked weights of the sliced layers also stay until the backward pass: --plan 
 activations.
 """
 
+import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
 import argparse
 
 import contextual_lora

@@ -13,6 +13,7 @@ Departures from the paper: A starts Kaiming-uniform, as in the authors' loralib,
 16 at every rank, where PEFT's default is 8; dropout, off by default, acts on the adapter's input.
 """
 
+import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
 import torch
 import torch.nn.functional as F
 from torch import nn

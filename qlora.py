@@ -19,6 +19,7 @@ and B of a layer 768 wide from rank 131 on, 4096 wide from rank 25. The code bel
 weights; bitsandbytes' kernel unpacks them faster than ours, with the same values (--nf4_kernel).
 """
 
+import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
 import functools
 import logging
 import math
@@ -32,7 +33,7 @@ from harness import models
 from harness.export import export
 from harness.flags import adapter_args, parse_args, positive, runs
 from harness.models import AdapterLayer, StandIn, compute_dtype, features, weight_of
-from harness.process import choose_device, fail, join_process_group, say
+from harness.process import choose_device, explain_out_of_memory, fail, join_process_group, say
 from harness.store import load_adapter, save_result
 from plan import plan
 
@@ -248,9 +249,10 @@ def find_kernel(run):
 
 def find_optimizer(run):
     """The Method's field for bitsandbytes' paged AdamW, with --paged on a GPU; else {}."""
-    if run.paged and "cuda" not in run.device:
+    if not run.paged:
+        return {}
+    if "cuda" not in run.device:
         say("--paged needs CUDA; training with plain AdamW, whose steps are the same")
-    if not run.paged or "cuda" not in run.device:
         return {}
     try:
         from bitsandbytes.optim import PagedAdamW32bit
@@ -275,7 +277,9 @@ def quantize_blocks(run, base):
     model, kernel = base.model, find_kernel(run)
     names, weights, stored = models.block_linears(model), 0, 0
     for name in names:
-        layer = NF4Linear(model.get_submodule(name), not run.no_double_quant, kernel, run.device)
+        linear = model.get_submodule(name)
+        with explain_out_of_memory(run, "a GPU with more memory"):
+            layer = NF4Linear(linear, not run.no_double_quant, kernel, run.device)
         model.set_submodule(name, layer)
         weights += layer.in_features * layer.out_features
         stored += sum(tensor.nbytes for tensor in layer.buffers())

@@ -14,6 +14,7 @@ runs from 10 % to 70 % of the steps, and masked entries never come back. This is
 "SparseLoRA" of arXiv 2506.16500: that one is contextual_lora.py.
 """
 
+import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
 import math
 
 import torch
@@ -67,11 +68,9 @@ def shrink(tensor, amount):
 def largest(values, keep):
     """A bool mask of the `keep` largest entries, exactly that many; ties go to the earlier one."""
     order = values.flatten().argsort(descending=True, stable=True)
-    return (
-        torch.zeros_like(order, dtype=torch.bool)
-        .index_fill_(0, order[:keep], True)
-        .view(values.shape)
-    )
+    mask = torch.zeros_like(order, dtype=torch.bool)
+    mask[order[:keep]] = True
+    return mask.view(values.shape)
 
 
 def keep_components(norms, keep):

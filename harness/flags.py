@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         fail(f"{self.source}{message} (--help lists the flags)")
 
     def recorded_line(self, flags):
-        """A result file's flags {name: value} as a command line, so that they are checked, too."""
+        """A result file's flags {name: value} as a command line, to be checked as one."""
         line = []
         for action in self._actions:
             value = flags.get(action.dest)
@@ -175,7 +175,7 @@ def parse_args(doc, file, add_args, argv=None):
             fail(f"--search {args.search}: around one --lr, not {len(args.lr)}")
         args.lr = [args.lr[0] * 2.0 ** (i - (args.search - 1) // 2) for i in range(args.search)]
         if not 1e-30 <= args.lr[0] <= args.lr[-1] <= 1e30:
-            fail(f"--search {args.search}: {args.lr[0]:g} … {args.lr[-1]:g} are no learning rates")
+            fail(f"--search {args.search}: {args.lr[0]:g} to {args.lr[-1]:g} are no learning rates")
 
     built_in = [*HUB, *DEMOS]
     for key in ("dataset", "model"):  # one folder is one name: my, my/ and ./my
@@ -292,8 +292,8 @@ def runs(args):
     """
     if not args.eval_only and process_index() == 0:
         with library_errors(f"--out {args.out}: no folder that can be written; name another"):
-            folder = next(x for x in (args.out, *args.out.absolute().parents) if x.exists())
-            tempfile.TemporaryDirectory(dir=folder).cleanup()
+            args.out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.out).close()
     todo = [run for run in planned_runs(args) if args.eval_only or not finished(run)]
     for number, run in enumerate(todo, 1):
         run.number, run.count = number, len(todo)

@@ -45,14 +45,16 @@ def is_our_mistake(error):
 def library_errors(message, status=2):
     """Turn an error raised inside a library into one line, `message` and the error's first line.
 
-    An error raised in our own code stays an exception, so that its traceback names file and line.
+    It ends the program with this status, or with status 0 only says so. An error raised in our own
+    code stays an exception, so that its traceback names file and line.
     """
     try:
         yield
     except Exception as error:  # the libraries raise every kind of exception
         if is_our_mistake(error):
             raise
-        fail(f"{message} ({type(error).__name__}: {first_line(error)})", status)
+        line = f"{message} ({type(error).__name__}: {first_line(error)})"
+        fail(line, status) if status else say(line)
 
 
 def measured(name, work, *arguments):
@@ -142,22 +144,6 @@ def is_running(number):
     except PermissionError:  # it is another user's
         pass
     return True
-
-
-def all_reduce(loss, trained):
-    """Sum loss and gradients over the processes; returns the loss.
-
-    Adapters are small: one flat tensor, one all-reduce a step, nothing else.
-    """
-    import torch
-
-    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in trained.values()]
-    flat = torch.cat([loss[None], *(grad.flatten() for grad in grads)])
-    torch.distributed.all_reduce(flat)
-    sums = flat[1:].split([grad.numel() for grad in grads])
-    for tensor, grad in zip(trained.values(), sums, strict=True):
-        tensor.grad = grad.view_as(tensor)
-    return flat[0]
 
 
 @contextlib.contextmanager

@@ -329,8 +329,9 @@ def load_adapter(run, base, method):
     if names and not head_order(names, classes):
         refuse_head(where, names, classes)
     start = config.get("init_lora_weights")
-    keys = ("use_rslora", "use_dora", "alora_invocation_tokens")
-    changes = {key: config.get(key) for key in keys}
+    changes = {
+        key: config.get(key) for key in ("use_rslora", "use_dora", "alora_invocation_tokens")
+    }
     changes["init_lora_weights"] = start if start not in (True, *PLAIN_STARTS) else None
     for key, value in changes.items():
         if value:

@@ -194,7 +194,7 @@ def test_wrong_model_folders(damage, models, reviews, tmp_path, monkeypatch, cap
     for plan in [[], ["--plan"]] if seen else [[]]:
         code, error = ended(capfd, lora, *line, *plan)
         assert code == 2 and f"--model {folder}" in error and named in error
-    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
+    assert not [*(tmp_path / "out").rglob("*")] and not (tmp_path / "ran").exists()
 
 
 def test_a_known_model_runs_no_code_of_its_folder(models, reviews, tmp_path):

@@ -46,9 +46,7 @@ OUTCOME = ("curve", "metrics", "test_examples", "parameters", "report")
 
 @pytest.fixture(autouse=True)
 def count_again(monkeypatch):
-    monkeypatch.setattr(
-        common, "LATEST_COSTS", common.LatestCosts()
-    )  # the costs of the test before
+    monkeypatch.setattr(common, "LATEST_COSTS", common.LatestCosts())
 
 
 @torch.no_grad()
@@ -175,8 +173,8 @@ def test_links_that_were_planted_receive_nothing(models, reviews, tmp_path, monk
     mine, folder = tmp_path / "mine.txt", tmp_path / "out" / path.stem
     mine.write_text("mine")
     folder.mkdir(parents=True)
-    machine = zlib.crc32(platform.node().encode())
-    guess = f"{path.stem}.{machine:x}-{os.getpid()}.guess.tmp"
+    machine = store.zlib.crc32(store.platform.node().encode())
+    guess = f"{{}}.{machine:x}-{os.getpid()}.guess.tmp"
     for name in ("{}.json", "{}.tmp", "{}.checkpoint", "{}/adapter_model.safetensors", guess):
         (folder.parent / name.format(path.stem)).symlink_to(mine)
     code, error = ended(capfd, lora, *line, "--out", folder.parent)
@@ -314,26 +312,24 @@ def put(key, value):
 
 
 LAYER, BIAS = "distilbert.transformer.layer.0.attention.q_lin", "classifier.bias"
-HUGE, OURS = (
-    {"rank_pattern": {LAYER: 10**9}, "alpha_pattern": {LAYER: 2 * 10**9}},
-    "not one of ours",
-)
+RANKS, ALPHAS = {LAYER: 10**9}, {LAYER: 2 * 10**9}
+HUGE, OURS = {"rank_pattern": RANKS, "alpha_pattern": ALPHAS}, "not one of ours"
 FAULTS = {  # what is changed in the folder, what the line names
     "no tensor": (lambda contents: contents.popitem(), {}, "1 tensors missing"),
     "one more tensor": (put("extra", [0.0]), {}, "1 unexpected"),
-    "another shape": (put(BIAS, [0.0] * 3), {}, "[3] in the file, [2] in this model"),
-    "NaN": (put(BIAS, [0.0, torch.nan]), {}, "holds integers, NaN or"),
-    "infinity": (put(BIAS, [0.0, torch.inf]), {}, "numbers above 10,000"),
-    "huge weights": (put(BIAS, [0.0, 1e6]), {}, "numbers above 10,000"),
+    "another shape": (put(BIAS, [0.0] * 3), {}, "[3] in the file, [2] in this"),
+    "NaN": (put(BIAS, [0.0, torch.nan]), {}, f"{BIAS} holds integers, NaN or numbers above"),
+    "infinity": (put(BIAS, [0.0, torch.inf]), {}, "NaN or numbers above 10,000"),
+    "huge weights": (put(f"{LAYER}.lora_A.weight", [[1e30] * 32] * 8), {}, "above 10,000"),
     "integers": (put(BIAS, [0, 1]), {}, "holds integers"),
     "another rank": (None, {"r": 4}, "change --rank"),
-    "rank as text": (None, {"r": "8"}, "its config says r '8', and this run 8"),
+    "rank in words": (None, {"r": "8"}, "its config says r '8', and this run 8"),
     "another alpha": (None, {"lora_alpha": 8}, "change --alpha"),
     "another method": (None, {"peft_type": "HIRA"}, "change the script"),
     "a list": (None, {"whole": []}, "one is missing, or is another kind of file"),
     "rsLoRA": (None, {"use_rslora": True}, "use_rslora"),
     "aLoRA": (None, {"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
-    "PiSSA": (None, {"init_lora_weights": "pissa"}, "made with init_lora_weights pissa"),
+    "PiSSA": (None, {"init_lora_weights": "pissa"}, "init_lora_weights pissa"),
     "foreign ranks": (None, {"rank_pattern": {"q_lin": 4}}, OURS),
     "foreign alphas": (None, {"alpha_pattern": {"q_lin": 4}}, OURS),
     "ranks of text": (None, {"rank_pattern": {LAYER: "4"}}, OURS),
@@ -393,6 +389,7 @@ STRANGE = {  # settings in a stranger's result file, what the line names
     "argument --rank: 'a' is not a whole number": {"rank": "a"},
     "argument --rank: ": {"rank": {}},
     "--model @/etc/passwd there": {"model": "@/etc/passwd"},
+    "argument --targets: ['q_lin', '--export', 'x']": {"targets": ["q_lin", "--export", "x"]},
     "--train_samples 9 there, 9 here": {"train_samples": "9"},
     "argument --heldout: 'True' is not a whole number": {"heldout": True},
 }
@@ -452,6 +449,14 @@ def test_a_trained_head_is_read_by_the_names_of_its_classes(models, named, tmp_p
     refusal = "its head has the classes neg, pos; data: bad, good"
     code, error = ended(capfd, lora, *scoring, "--dataset", other)
     assert code == 2 and refusal in error
+    result_of(lora, tmp_path / "numbers", "--dataset", named("1", "2"), *line)  # names, too
+    [folder] = (path for path in (tmp_path / "numbers").iterdir() if path.is_dir())
+    shutil.copytree(folder, tmp_path / "numbered")
+    scoring = [*line, "--eval_only", tmp_path / "numbered"]
+    lora.main([*map(str, scoring), "--dataset", str(named("2", "1"))])
+    assert float(capfd.readouterr().out.split("accuracy: test ")[1].split()[0]) > 0.9
+    code, error = ended(capfd, lora, *scoring, "--dataset", named("0", "1"))
+    assert code == 2 and "its head has the classes 1, 2; data: 0, 1" in error
 
     line += ["--model", tmp_path / "whole", "--epochs", 0]
     for data in (ours, turned):
@@ -510,7 +515,7 @@ def test_stopped_and_continued_equals_never_stopped(
     line = [*rows_flags(models, reviews), *more, *flags, "--max_steps", 7, "--batch_size", 16]
     line += ["--base_dropout", 0.1] + (["--dropout", 0.1] if module is not baseline else [])
     whole, path = result_of(module, tmp_path / "whole", *line)
-    common.LATEST_COSTS.key = ""
+    monkeypatch.setattr(common, "LATEST_COSTS", common.LatestCosts())
     plain, calls = {key: getattr(common, key) for key in ("gradient", where)}, []
 
     def stopping(*args):
@@ -555,6 +560,11 @@ def test_ctrl_c_after_training_is_one_line(models, reviews, tmp_path):
     assert json.loads(path.read_text())["memory"]["train"]
 
 
+def moment(state, name, change):
+    """Change one value of the optimizer's state of the second tensor."""
+    state["optimizer"][1][name] = change(state["optimizer"][1][name])
+
+
 DAMAGES = {  # what is done to a checkpoint's state, what the line names
     "torn": (None, "cannot be read; remove it"),
     "code": (None, "cannot be read; remove it"),
@@ -562,26 +572,23 @@ DAMAGES = {  # what is done to a checkpoint's state, what the line names
     "epochs": (lambda s: s["run"].update(epochs=5), "--epochs 5 there, 3 here"),
     "processes": (lambda s: s["run"].update({"examples a step": 32}), "32 there, 16 here"),
     "examples": (lambda s: s["run"].update({"data files": "0"}), "data files 0 there"),
-    "shape": (lambda s: s["model"].update({"classifier.bias": torch.zeros(3)}), "its model"),
-    "no tensor": (lambda s: s["model"].pop("classifier.bias"), "its model"),
-    "integers": (
-        lambda s: s["model"].update({BIAS: torch.zeros(2, dtype=torch.int64)}),
-        "its model",
-    ),
-    "NaN": (lambda s: s["model"][BIAS].fill_(torch.nan), "its model"),
+    "tensors": (lambda s: s["run"].update(lr=torch.zeros(3)), "--lr tensor([0., 0., 0.]) there"),
+    "shape": (lambda s: s["model"].update({BIAS: torch.zeros(3)}), "its model"),
+    "NaN": (lambda s: s["model"].update({BIAS: torch.tensor([0, torch.nan])}), "its model"),
+    "integers": (lambda s: s["model"].update({BIAS: torch.ones(2, dtype=int)}), "its model"),
+    "no tensor": (lambda s: s["model"].pop(BIAS), "its model"),
     "no key": (lambda s: s.pop("optimizer"), "its optimizer"),
-    "negative moment": (lambda s: s["optimizer"][0]["exp_avg_sq"].fill_(-1.0), "its optimizer"),
-    "negative count": (lambda s: s["optimizer"][0]["step"].fill_(-5.0), "its optimizer"),
-    "another count": (lambda s: s["optimizer"][0]["step"].fill_(2.0), "its history"),
-    "text as count": (lambda s: s["optimizer"][0].update(step="3"), "its optimizer"),
-    "three counts": (lambda s: s["optimizer"][0].update(step=torch.ones(3)), "its optimizer"),
-    "renamed moment": (
-        lambda s: s["optimizer"][0].update(m=s["optimizer"][0].pop("exp_avg")),
-        "its optimizer",
-    ),
-    "one more entry": (lambda s: s["optimizer"].update({99: {}}), "its optimizer"),
     "no state": (lambda s: s["optimizer"].clear(), "its optimizer"),
     "less state": (lambda s: s["optimizer"].update({1: {}}), "its optimizer"),
+    "more state": (lambda s: s["optimizer"][1].update(more=1), "its optimizer"),
+    "other state": (lambda s: moment(s, "exp_avg_sq", lambda t: t - 1), "its optimizer"),
+    "infinity": (lambda s: moment(s, "exp_avg", lambda t: t / 0), "its optimizer"),
+    "renamed": (lambda s: s["optimizer"][1].update(a=s["optimizer"][1].pop("exp_avg")), "its opti"),
+    "negative step": (lambda s: moment(s, "step", lambda t: t - 8), "its optimizer"),
+    "early step": (lambda s: moment(s, "step", lambda t: t - 1), "its history"),
+    "steps": (lambda s: moment(s, "step", lambda t: t.expand(3)), "its optimizer"),
+    "step in words": (lambda s: moment(s, "step", str), "its optimizer"),
+    "diverged": (lambda s: s["history"].update(diverged=True), "its history"),
     "far step": (lambda s: s["history"].update(step=10**9), "its history"),
     "far laps": (lambda s: s["history"].update(step=9, laps=[0.1] * 9), "its history"),
     "text": (lambda s: s["history"].update(curve=["a"]), "its history"),
@@ -646,8 +653,22 @@ def test_kill_9_loses_nothing_and_two_at_once_end_right(models, reviews, tmp_pat
     [other] = out.glob("*.json")
     again = json.loads(other.read_text())
     assert all(again[key] == whole[key] for key in OUTCOME[:3]) and weights(other) == weights(path)
-    left = {file.suffix for file in out.iterdir() if file.is_file()}
-    assert left == {".json"}  # also what the killed process was writing is gone
+    assert [file for file in out.iterdir() if file.is_file()] == [other]
+
+
+def test_what_a_killed_process_left_is_removed_and_a_running_ones_stays(tmp_path):
+    """Of the same result and machine alone: another result's may be of another machine."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    machine = store.zlib.crc32(store.platform.node().encode())
+    names = {number: f"a.{machine:x}-{number}.0.tmp" for number in (dead.pid, os.getppid())}
+    others = [f"a.0-{dead.pid}.0.tmp", f"b.{machine:x}-{dead.pid}.0.tmp"]
+    for name in (*names.values(), *others):
+        (tmp_path / name).touch()
+    with store.replacing(tmp_path / "a.json", "result") as path:
+        path.write_text("whole")
+    left = {"a.json", names[os.getppid()], *others}
+    assert {file.name for file in tmp_path.iterdir()} == left
 
 
 def test_a_result_that_cannot_be_printed_is_not_complete(tmp_path):
