@@ -57,17 +57,6 @@ def library_errors(message, status=2):
         fail(line, status) if status else say(line)
 
 
-def measured(name, work, *arguments):
-    """{name: work(*arguments)}; {} and a line if a library cannot do it on this model."""
-    try:
-        return {name: work(*arguments)}
-    except Exception as error:  # the scores are safe: no cost is worth a run
-        if is_our_mistake(error):
-            raise
-        say(f"{name}: not measured ({type(error).__name__}: {first_line(error)})")
-        return {}
-
-
 def process_index():
     """This process's number under torchrun, 0 when there is only one."""
     return int(os.environ.get("RANK", 0))

@@ -5,13 +5,11 @@ import copy
 import json
 import os
 import pickle
-import platform
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import zlib
 from pathlib import Path
 
 import numpy as np
