@@ -488,10 +488,7 @@ LATEST_COSTS = LatestCosts()
 
 
 def measure(run, data, base, method, history):
-    """The costs of a trained model, as the result file has them.
-
-    With --timing also latency and the score of the merged model.
-    """
+    """The costs in the result file; with --timing also latency and the merged model's score."""
     steps, lengths = batches.steps_of(run, data, method, history.step), data.train.lengths
     sizes = [(sum(map(len, parts)), int(lengths[torch.cat(parts)].sum())) for parts in steps]
     per_epoch = math.ceil(len(lengths) / batches.global_batch(run))
