@@ -46,10 +46,7 @@ from harness.store import head_classes, load_checkpoint, save_checkpoint
 
 @dataclass
 class Method:
-    """What a script's `adapt` returns: how its training differs from plain training.
-
-    The defaults change nothing.
-    """
+    """What a script's `adapt` returns: how it trains. The defaults are plain training."""
 
     # These fields are written to PEFT's adapter_config.json. Without an adapter there are none.
     peft: dict = field(default_factory=dict)
@@ -363,10 +360,7 @@ def gradient(run, data, base, method, examples, targets, trained):
 
 
 def all_reduce(loss, trained):
-    """Sum loss and gradients over the processes; returns the loss.
-
-    Adapters are small: one flat tensor, one all-reduce a step, nothing else.
-    """
+    """Sum loss and gradients over the processes, as one flat tensor a step; returns the loss."""
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in trained.values()]
     flat = torch.cat([loss[None], *(grad.flatten() for grad in grads)])
     dist.all_reduce(flat)
@@ -482,16 +476,12 @@ def summarize(data, split, scores, first=None):
 # -------------------------------------------------------------------------------------- measuring
 
 
+@dataclass
 class LatestCosts:
     """Memory and FLOPs of the latest run: the next one has the same if it differs in lr alone."""
 
-    key, costs = "", {}
-
-    def of(self, key, count):
-        """The costs of the run with this key; count() returns them if it is a new one."""
-        if key != self.key:
-            self.costs, self.key = count(), key
-        return self.costs
+    key: str = ""
+    costs: dict = field(default_factory=dict)
 
 
 LATEST_COSTS = LatestCosts()
@@ -512,16 +502,14 @@ def measure(run, data, base, method, history):
     }
     shapes = [tuple(tensor.shape) for tensor in trained_tensors(base.model).values()]
     key = repr((run.settings, run.seed, run.device, base.sha256, history.step, shapes))
-    experiment = run, data, base
-
-    def count():
-        memory = measured("memory", count_memory, *experiment, method)
-        return memory | measured("flops", count_flops, *experiment, method, steps)
-
-    costs |= LATEST_COSTS.of(key, count)
+    if LATEST_COSTS.key != key:
+        memory = measured("memory", count_memory, run, data, base, method)
+        flops = measured("flops", count_flops, run, data, base, method, steps)
+        LATEST_COSTS.costs, LATEST_COSTS.key = memory | flops, key
+    costs |= LATEST_COSTS.costs
     if run.timing:
-        costs |= measured("inference", time_inference, *experiment)
-        costs |= measured("merged", score_merged, *experiment)
+        costs |= measured("inference", time_inference, run, data, base)
+        costs |= measured("merged", score_merged, run, data, base)
     return costs
 
 

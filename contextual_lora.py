@@ -18,9 +18,8 @@ Departures from the paper, which treats decoders of 7B weights and more: [CLS], 
 that are scored, stay dense, as a decoder's output tokens do there. The paper predicts which
 channels matter with a rank-8 SVD of the frozen weight (--estimator svd); on a small encoder that
 picks little better than chance, so by default the score is exact, on a random sample of tokens.
-Attention is never sliced, and the last block is not if it computes the output tokens alone. Which
-layers are sliced follows the paper's GLUE configuration. It leaves out 95 % of the channels; our
-default is 90 %.
+Attention is never sliced, nor is a last block that computes the output tokens alone. The layers
+are those of the paper's GLUE configuration, with 90 % of the channels left out, not 95 %.
 """
 
 import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
@@ -100,10 +99,10 @@ def layer_sparsity(layer, layers, sparsity, dense):
 
 
 class StepState:
-    """The training step that all sliced blocks share."""
+    """The training step that all sliced blocks (a list of BlockState) share."""
 
     def __init__(self, run, base):
-        self.run, self.base, self.blocks = run, base, []  # of BlockState
+        self.run, self.base, self.blocks = run, base, []
         self.sparse, self.step, self.sample = False, 0, None
 
     def begin(self, step, total):
@@ -120,10 +119,8 @@ class StepState:
         return batch.output_positions
 
     def sampled_positions(self):
-        """Flat positions (T,) of the tokens to score channels on: drawn once a step.
-
-        From the first CANDIDATES tokens, without those that stay dense. However the batch is cut,
-        its first part holds these examples (Method.tokens_together).
+        """Flat positions (T,) of the tokens to score channels on: drawn once a step, without dense
+        ones, from the first CANDIDATES tokens (the first pass has them: Method.tokens_together).
         """
         if self.run.plan:  # --plan's tensors have no values to look at
             return self.base.batch.token_positions[:SAMPLED]
@@ -143,10 +140,7 @@ class StepState:
 
 
 class BlockState:
-    """What the layers around one block's wide middle share.
-
-    SparseUp sets `picked`, `dense` and `shape` in each forward pass, SparseDown reads them.
-    """
+    """What a block's SparseUp and SparseDown share; SparseUp sets picked, dense and shape."""
 
     def __init__(self, step, keep, score):
         self.step = step  # StepState
@@ -159,8 +153,8 @@ class BlockState:
 class SparseUp(nn.Module):
     """The layer into a block's wide middle: computes the picked channels, all for dense tokens.
 
-    While sparse it returns one flat vector: all tokens' picked channels, then the dense tokens' full
-    ones. The activation between here and SparseDown is element-wise, so it takes any shape.
+    While sparse it returns one flat vector: all tokens' picked channels, then all channels of the
+    dense tokens. The activation before SparseDown is element-wise, so it takes any shape.
     """
 
     def __init__(self, base, block, first):
@@ -221,10 +215,7 @@ def scoring_function(run, layers, act):
 
 
 def slice_blocks(run, base):
-    """Wrap the feed-forward layers of the deep half of the blocks, in place.
-
-    Returns (StepState, {block: channels kept}).
-    """
+    """Wrap the feed-forward layers of the deep blocks; returns (StepState, {block: channels})."""
     model, step, counts = base.model, StepState(run, base), {}
     act, blocks = activation(model.config), feed_forward_layers(model)
     if not blocks:
@@ -236,11 +227,11 @@ def slice_blocks(run, base):
                 fail(f"--targets: {end} is sliced here, so it cannot be adapted; leave it out")
     sliceable = len(blocks) - base.last_block_cut
     first = run.dense_layers
-    if first is None:  # half, but in a model of two blocks one is sliced
+    if first is None:  # half, but at least one block is sliced
         first = max(0, min(len(blocks) // 2, sliceable - 1))
     if first >= sliceable:
-        has = f"the model has {len(blocks)} layers, {sliceable} of which can be sliced"
-        fail(f"--dense_layers {first}: {has}, so none would be")
+        layers = f"the model has {len(blocks)} layers, {sliceable} of which can be sliced"
+        fail(f"--dense_layers {first}: {layers}, so none would be")
     for i, (name, ends) in enumerate(blocks.items()):
         left_out = layer_sparsity(i, len(blocks), run.channel_sparsity, first)
         if left_out == 0 or i >= sliceable:

@@ -3,8 +3,8 @@
     python qlora.py --model bert-large-uncased --dataset imdb --batch_size 4 --plan
     python lora.py --model my-7b/ --dataset wikitext2 --precision bf16 --max_length 512 --plan
 
-The script's own code takes one training step on fake tensors, which have shapes and no values, and
-the instruments that measure a real run count it. `my-7b/` need hold nothing but its config.json.
+The script takes one training step on fake tensors, which have shapes and no values; it is measured
+as a real run is. `my-7b/` need hold nothing but its config.json.
 """
 
 import math
@@ -71,20 +71,19 @@ def plan(args, adapt):
 
         memory = step_memory(run, base, method, backward, inference)
         operations = meters.count_flops(base.model.train(), backward) if "train" in memory else 0
-    names = {"training": "train", "scoring": "inference"}
-    peaks = {name: memory[phase] for name, phase in names.items() if phase in memory}
-    checkpointing = "with" if run.checkpointing else "without"
+    peaks = {"training": memory["train"]} if "train" in memory else {}
+    peaks["scoring"] = memory["inference"]
     say(f"{run.name}: {meters.describe(base)}")
-    whole = max(sum(peak.values()) for peak in peaks.values()) >= 2**30
-    unit, size = ("GiB", 2**30) if whole else ("MiB", 2**20)
+    large = max(sum(peak.values()) for peak in peaks.values()) >= 2**30
+    unit, size = ("GiB", 2**30) if large else ("MiB", 2**20)
     shape = f"{run.batch_size} × {run.max_length} tokens, {run.precision}"
-    say(f"{shape}, {checkpointing} checkpointing, {unit}:")
+    say(f"{shape}, {'with' if run.checkpointing else 'without'} checkpointing, {unit}:")
     say(f"{'':16}" + "".join(f"{phase:>12}" for phase in peaks))
     for kind in memory["inference"]:
         say(f"{kind:16}" + "".join(f"{peak[kind] / size:12.2f}" for peak in peaks.values()))
     say(f"{'peak':16}" + "".join(f"{sum(p.values()) / size:12.2f}" for p in peaks.values()))
     say(f"{operations / 1e9:,.1f} GFLOP per training pass")
-    lrs, seeds, steps = len(set(args.lr)), len(set(args.seeds)), args.max_steps
+    lrs, seeds, steps = len({*args.lr}), len({*args.seeds}), args.max_steps
     if args.train_samples and not steps:
         steps = args.epochs * math.ceil(args.train_samples / (args.batch_size * args.grad_accum))
     length = f"{lrs * seeds * steps:,} steps in all" if steps else f"{args.epochs} epochs each"

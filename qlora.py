@@ -69,10 +69,7 @@ PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1)
 
 
 def dynamic_map():
-    """The 256 values of bitsandbytes' signed dynamic 8-bit type.
-
-    Decades from 1e-6 to 1, each split finer than the last.
-    """
+    """bitsandbytes' signed 8-bit values: decades from 1e-6 to 1, each finer than the last."""
     bins = [torch.linspace(0.1, 1, 2**i + 1) for i in range(7)]
     decades = [10.0 ** (i - 6) * (bin[:-1] + bin[1:]) / 2 for i, bin in enumerate(bins)]
     upper = torch.cat(decades)
@@ -249,10 +246,9 @@ def find_kernel(run):
 
 def find_optimizer(run):
     """The Method's field for bitsandbytes' paged AdamW, with --paged on a GPU; else {}."""
-    if not run.paged:
-        return {}
-    if "cuda" not in run.device:
+    if run.paged and "cuda" not in run.device:
         say("--paged needs CUDA; training with plain AdamW, whose steps are the same")
+    if not run.paged or "cuda" not in run.device:
         return {}
     try:
         from bitsandbytes.optim import PagedAdamW32bit
@@ -276,23 +272,23 @@ def quantize_blocks(run, base):
     """Put every linear layer inside the blocks into 4 bits, in place; returns a Method's fields."""
     model, kernel = base.model, find_kernel(run)
     names, weights, stored = models.block_linears(model), 0, 0
-    for name in names:
-        linear = model.get_submodule(name)
-        with explain_out_of_memory(run, "a GPU with more memory"):
-            layer = NF4Linear(linear, not run.no_double_quant, kernel, run.device)
-        model.set_submodule(name, layer)
-        weights += layer.in_features * layer.out_features
-        stored += sum(tensor.nbytes for tensor in layer.buffers())
+    double_quant = not run.no_double_quant
+    with explain_out_of_memory(run, "a smaller --model"):
+        for name in names:
+            layer = NF4Linear(model.get_submodule(name), double_quant, kernel, run.device)
+            model.set_submodule(name, layer)
+            weights += layer.in_features * layer.out_features
+            stored += sum(tensor.nbytes for tensor in layer.buffers())
     mib, fp32 = stored / 2**20, weights * 4 / 2**20
     say(f"{len(names)} linear layers in NF4: {mib:.1f} MiB, {fp32:.1f} in fp32; kernel: {kernel}")
     # A mixture of experts keeps its experts as parameters of three dimensions, not as layers.
     other = sum(t.numel() for n, t in model.named_parameters() if t.ndim > 2 and n not in base.head)
     if other:
         say(f"not in NF4: {other:,} weights outside linear layers beside {weights:,} inside")
-    numbers = {"kernel": kernel, "double_quant": not run.no_double_quant, "layers": len(names)}
+    numbers = {"kernel": kernel, "double_quant": double_quant, "layers": len(names)}
     numbers |= {"weights": weights, "weights_not_quantized": other, "bytes_nf4": stored}
     numbers["paged"] = run.paged and "cuda" in run.device
-    base_format = "nf4-single" if run.no_double_quant else "nf4"
+    base_format = "nf4" if double_quant else "nf4-single"
     return {"base_format": base_format, "report": lambda: numbers, **find_optimizer(run)}
 
 

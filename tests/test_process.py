@@ -92,6 +92,20 @@ def process(tmp_path, *line, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path):
+    """A stand-in for torch presses it; every script sets the handler before it imports torch."""
+    stand_in = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    for name in ("torch", "numpy", "safetensors"):  # whichever is imported first
+        (tmp_path / f"{name}.py").write_text(stand_in)
+    status, out, error = process(tmp_path, PYTHONPATH=str(tmp_path))
+    assert (status, out) == (130, "") and error == (
+        "lora.py: error: stopped; the same command continues\n"
+    )
+    for script in ("hira", "qlora", "sparse_lora", "contextual_lora", "hybrid", "baseline"):
+        first = next(line for line in (ROOT / f"{script}.py").open() if line.startswith("import"))
+        assert first.startswith("import harness  #")
+
+
 def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(tmp_path):
     """The libraries' own retries take minutes; the limit of 90 s is theirs not to be reached."""
     with socket.socket() as closed:  # taken, and not listening: every connection is refused

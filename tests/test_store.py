@@ -521,7 +521,7 @@ def test_stopped_and_continued_equals_never_stopped(
         if len(calls) == call and where == "gradient":
             os.kill(os.getpid(), kind)
         elif len(calls) == call:
-            common.fail("stopped at step 7", 128 + kind)  # as one_line_on_interrupt has it
+            common.fail("stopped at step 7", 128 + kind)  # as harness/__init__.py has it
         return plain[where](*args)
 
     monkeypatch.setattr(common, where, stopping)
