@@ -140,10 +140,7 @@ class StepState:
 
 
 class BlockState:
-    """What the layers around one block's wide middle share.
-
-    SparseUp sets `picked`, `dense` and `shape` in each forward pass, SparseDown reads them.
-    """
+    """What a block's SparseUp and SparseDown share; SparseUp sets picked, dense and shape."""
 
     def __init__(self, step, keep, score):
         self.step = step  # StepState
