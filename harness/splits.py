@@ -68,7 +68,8 @@ def describe(run, examples, task, splits, official):
     sizes = ", ".join(f"{data[name]:,} {name}" for name in splits)
     kind = {"classification": "examples", "mlm": "masked-LM blocks", "clm": "causal blocks"}[task]
     name = f"{Path(run.dataset).name}, seed {run.seed}"
-    say(f"{name}: {sizes} {kind} (test: {examples.test_split})")
+    other = examples.test_split != "test"
+    say(f"{name}: {sizes} {kind}{f' (the test set is {examples.test_split})' * other}")
     if examples.classes:
         labels = {name: split.labels for name, split in splits.items()}
         size = len(examples.classes)

@@ -432,5 +432,5 @@ def save_result(run, data, base, method, history, scores, costs=None):
     if costs:
         run.path.with_suffix(".checkpoint").unlink(missing_ok=True)
         done = f"trained {history.step:,} steps in {sum(history.laps):.1f} s"
-        say(f"{done}; wrote {run.path}, and the adapter ({size / 2**20:.1f} MiB) beside it")
+        say(f"{done}; wrote {run.path}, and the adapter ({size / 2**10:,.0f} KiB) beside it")
     return run.path

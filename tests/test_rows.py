@@ -180,7 +180,8 @@ def test_hidden_test_labels_beside_validation(label, scored, models, tmp_path, c
     write_rows(tmp_path / "films", "validation", {"text": TEXTS[:9], "label": LABELS[:9]})
     _, data, *_ = ready(lora, tmp_path, *rows_flags(models, tmp_path / "films"))
     size = 9 if scored == "validation" else 40
-    assert f"{size} test examples (test: {scored})" in capsys.readouterr().out
+    source = " (the test set is validation)" if scored == "validation" else ""
+    assert f"{size} test examples{source}\n" in capsys.readouterr().out
     assert data.description["test_split"] == scored and data.official == size
 
 

@@ -347,7 +347,7 @@ def test_the_first_lines_of_a_run(models, tmp_path, capsys):
     _, data = load(tmp_path, *flags, "--train_samples", 20, "--dev_samples", 10)
     lengths = torch.cat([split.lengths for split in (data.train, data.dev, data.test)]).tolist()
     sizes, classes, lacking, tokens = capsys.readouterr().out.splitlines()
-    assert sizes == "films, seed 0: 20 train, 10 dev, 100 test examples (test: test)"
+    assert sizes == "films, seed 0: 20 train, 10 dev, 100 test examples"
     assert classes == "classes (train/dev/test): rare 0/0/30, usual 20/10/70"
     assert lacking == "train or dev has no example of the class rare"
     middle = f"tokens per example: median {np.median(lengths):.0f}, 95 % have 30 or fewer; "
