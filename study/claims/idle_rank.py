@@ -58,7 +58,7 @@ def draw():
     if not (RESULTS / "idle_rank.json").exists():
         return
     runs, ranks = load("idle_rank")["runs"], [str(rank) for rank in RANKS]
-    title = "How much of a trained update's rank is needed"
+    title = "A trained HiRA uses its high rank; a trained LoRA needs a low one"
     note = "Updates of rank 8 (HiRA: W0 ⊙ rank 8), cut to a lower rank. A line is a seed."
     with picture("idle_rank", title, note, 3.6, (1, 2), width=8.6) as (_, (left, right)):
         for run in runs:
@@ -76,8 +76,8 @@ def draw():
         for axes in (left, right):
             axes.grid(axis="y")
         for method, label in (("lora", "LoRA"), ("hira", "HiRA")):
-            right.plot([], [], color=COLORS[method], label=label)
-        right.legend()
+            left.plot([], [], color=COLORS[method], label=label)
+        left.legend(loc="lower right")
 
 
 if __name__ == "__main__":
