@@ -170,8 +170,8 @@ def check_files(name, folder, config):
 def load(run, task, config):
     """The model with a head for the task, as stored: (model, names of the head's tensors).
 
-    Safetensors from the model's own folder only, and no code. One line and status 2 where the
-    checkpoint cannot be used.
+    Safetensors from the model's own folder only, and no code. Links in that folder are followed:
+    the hub's cache consists of them. One line and status 2 where the checkpoint cannot be used.
     """
     import transformers
 

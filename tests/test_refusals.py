@@ -66,19 +66,6 @@ def test_a_config_with_more_layers_than_tensors_is_refused(reviews, tmp_path, ca
     assert code == 2 and "10,000,000 layers in config.json" in error
 
 
-def test_weights_behind_a_link_are_read_in_the_hub_s_cache_alone(reviews, tmp_path, capfd):
-    folder = write(tmp_path / "cache" / "snapshots" / "1", "AutoModel", "bert")
-    (tmp_path / "cache" / "blobs").mkdir()
-    weights = (folder / "model.safetensors").rename(tmp_path / "cache" / "blobs" / "0")
-    (folder / "model.safetensors").symlink_to("../../blobs/0")
-    assert lora.main([*map(str, rows(reviews, folder)), "--out", str(tmp_path / "out")])
-    folder = write(tmp_path / "model", "AutoModel", "bert")
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to(weights)
-    code, error = ended(capfd, lora, *rows(reviews, folder), "--out", tmp_path)
-    assert code == 2 and "model.safetensors is a link to a file outside the folder" in error
-
-
 def test_huge_weights_are_not_called_a_fault_of_the_batch(reviews, tmp_path, capfd):
     folder = write(tmp_path / "huge", "AutoModel", "bert")
     tensors = load_file(folder / "model.safetensors")

@@ -126,7 +126,6 @@ def draw():
                 left.text(share + 1, y, f"{share:.0f}", va="center", size=8)
         left.set_yticks(range(len(bars)), list(bars))
         left.invert_yaxis()
-        left.tick_params(axis="y", length=0)
         left.set_xlabel("energy captured, %")
         left.legend(loc="center right")
         runs = [run for run in numbers["runs"] if run["dataset"] == "sst2"]
