@@ -206,7 +206,9 @@ def trade_off(group, path):
         return None
     title = "The test score over training time and over latency"
     note = "Marker: median; line: quartiles. Right: filled is merged or without an adapter, hollow "
-    note += "is not merged. Head only is far below and left out."
+    note += "is not merged."
+    if any(row.label in measured and row not in rows for row in group.rows):
+        note += " Head only is left out: its score is far worse."
     with canvas(path, title, group, note, 3.6) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         for row in rows:
@@ -228,7 +230,8 @@ def trade_off(group, path):
                 axes.plot(middle, row.score, ms=9, ls="", label=label, **style | {"mfc": face})
         left.set_xlabel("seconds per tuned run")
         right.set_xlabel("milliseconds for one example")
-        left.set_ylabel(f"test {tables.SCORES[group.task]}")
+        lower = "" if group.task == "classification" else "\n(lower is better)"
+        left.set_ylabel(f"test {tables.SCORES[group.task]}{lower}")
         for axes in (left, right):
             axes.grid()
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)

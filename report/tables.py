@@ -70,7 +70,7 @@ def verdicts(group):
         if len(equal) == len(pairs) > 1:
             which = f"every pair of {listing([row.label for row in group.rows if row.tested])}"
         widest = max(abs(end) for pair in equal for end in pair.intervals["90 % interval"])
-        rest = f" {which}. These methods differ by at most {amount(group, f'{widest:.2f}')}"
+        rest = f" {which}. Each of these pairs differs by at most {amount(group, f'{widest:.2f}')}"
         start = f"Equal within {amount(group, f'{group.margin:g}', True)}:"
         sentences.append((start, f"{rest} (90 % intervals)."))
     if undecided:
