@@ -6,7 +6,7 @@ python baseline.py --dataset sst2                       # head only: what an ada
 python baseline.py --dataset sst2 --full --lr 1e-4      # every weight: what it is measured by
 """
 
-import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
+import harness  # noqa: F401, I001 - first, so that Ctrl-C while importing prints one line
 from common import Method, evaluate, load_base, load_data, measure, train
 from harness.export import export
 from harness.flags import parse_args, runs
@@ -45,7 +45,7 @@ def main(argv=None):
         else:
             history = train(run, data, base, method)
             scores = evaluate(run, data, base)
-            save_result(run, data, base, method, history, scores)  # so that nothing can lose it
+            save_result(run, data, base, method, history, scores)  # measuring may be interrupted
             costs = measure(run, data, base, method, history)
             paths.append(save_result(run, data, base, method, history, scores, costs))
         if run.export:

@@ -78,9 +78,9 @@ class Data(NamedTuple):
     task: str  # "classification", "mlm" or "clm"
     reads_last: bool  # a classifier's head reads the last token, not the first
     classes: list | None  # the classes' names
-    pad: int  # token ids
-    mask: int | None
-    vocab: int
+    pad_id: int  # token ids of padding and of the mask
+    mask_id: int | None
+    vocab_size: int
     train: Split
     dev: Split
     test: Split
@@ -129,7 +129,7 @@ class Base:
     """The pre-trained model. Everything but its head is frozen."""
 
     model: nn.Module
-    head: list  # the names of the tensors that are trained, beside an adapter
+    head_names: list  # the names of the tensors that are trained, beside an adapter
     sha256: str  # the hash of the frozen weights
     weights: int  # the number of all weights, before an adapter is added
     task: str  # as in Data
@@ -146,7 +146,7 @@ def load_base(run, data):
     The run's seed draws what is missing, so that every method starts from the same head.
     """
     _, config = load_tokenizer(run.model)
-    config = models.configure(config, run.base_dropout, data.pad, data.classes)
+    config = models.configure(config, run.base_dropout, data.pad_id, data.classes)
     torch.manual_seed(seed_for(run.seed, "head"))  # what is missing is drawn while loading
     model, head = models.load(run, data.task, config)
     models.check_length(run, config, model)
@@ -238,7 +238,7 @@ def forward(base, batch):
     """Logits of the positions whose output is used: (R, classes), or (R, vocabulary)."""
     base.batch = batch
     types = {} if batch.types is None else {"token_type_ids": batch.types}
-    logits = base.model(input_ids=batch.ids, attention_mask=batch.mask, **types).logits
+    logits = base.model(input_ids=batch.ids, attention_mask=batch.attention_mask, **types).logits
     # OPT's classifier calls its decoder directly, so that the cut of the outputs is passed over.
     if logits.ndim == 3 and logits.shape[:2] == batch.ids.shape:
         logits = logits.flatten(0, 1)[batch.output_positions]
@@ -255,8 +255,8 @@ def make_optimizer(run, base, method):
     If only the head is trained, it uses --lr, because that is the flag that is tuned.
     """
     trained = trained_tensors(base.model)
-    head = [tensor for name, tensor in trained.items() if name in base.head]
-    rest = [tensor for name, tensor in trained.items() if name not in base.head]
+    head = [tensor for name, tensor in trained.items() if name in base.head_names]
+    rest = [tensor for name, tensor in trained.items() if name not in base.head_names]
     groups = [(rest, run.lr), (head, run.head_lr if rest else run.lr)]
     groups = [{"params": tensors, "lr": lr, "initial_lr": lr} for tensors, lr in groups if tensors]
     return method.optimizer(groups, weight_decay=run.weight_decay)
@@ -340,19 +340,19 @@ def set_learning_rate(optimizer, step, total, warmup):
 def gradient(run, data, base, method, examples, targets, trained):
     """Leave the gradient of the mean loss over a global batch in .grad; returns that loss.
 
-    examples (n,): of all processes; each takes every process_count()-th one. Each part's loss is
-    divided by the scored examples or tokens of the whole batch, so how it is cut changes nothing.
+    examples (n,): of all processes; each takes every process_count()-th one. A micro-batch's loss
+    is divided by the scored examples or tokens of the whole batch: how it is cut changes nothing.
     """
     scored = targets.counts[examples].sum().clamp(min=1).item()
     loss = torch.zeros((), device=run.device)
     mine, lengths = examples[process_index() :: process_count()], data.train.lengths
-    for part in batches.micro_batches(run, lengths, mine, run.batch_size, method.tokens_together):
-        batch = collate(data, data.train, part, targets).to(run.device)
+    size, together = run.batch_size, method.tokens_together
+    for micro_batch in batches.micro_batches(run, lengths, mine, size, together):
+        batch = collate(data, data.train, micro_batch, targets).to(run.device)
         with autocast(run):  # no variable keeps the logits: of a large vocabulary they are huge
-            part_loss = F.cross_entropy(forward(base, batch), batch.target, reduction="sum")
-        part_loss = part_loss / scored
-        part_loss.backward()
-        loss += part_loss.detach()
+            summed = F.cross_entropy(forward(base, batch), batch.target, reduction="sum")
+        (summed / scored).backward()
+        loss += summed.detach() / scored
     unreached = [name for name, tensor in trained.items() if tensor.grad is None]
     if unreached and len(mine):
         fail(f"--targets: no gradient reaches {', '.join(unreached[:4])}; name other layers")
@@ -436,9 +436,9 @@ def score(run, data, base, split, name):
     targets, lengths = predicted_tokens(data, split, name), split.lengths
     nll = torch.zeros(len(lengths), dtype=torch.float64, device=run.device)
     predicted = torch.zeros(len(lengths), dtype=torch.int64, device=run.device)
-    parts = batches.scoring_parts(run, lengths)[process_index() :: process_count()]
+    mine = batches.scoring_batches(run, lengths)[process_index() :: process_count()]
     quiet = process_index() > 0 or None
-    for examples in tqdm(parts, f"scoring {name}", disable=quiet, leave=False):
+    for examples in tqdm(mine, f"scoring {name}", disable=quiet, leave=False):
         batch = collate(data, split, examples, targets).to(run.device)
         with autocast(run):
             logits = forward(base, batch)
@@ -521,8 +521,8 @@ def count_memory(run, data, base, method):
     """Bytes at the peak of a training step and of scoring, by kind, on the largest batches."""
     trained, lengths = trained_tensors(base.model), data.test.lengths
     _, examples, targets = next(training_batches(run, data, 1, 1))
-    parts = batches.scoring_parts(run, lengths)
-    largest = max(parts, key=lambda part: len(part) * lengths[part].max())
+    scoring = batches.scoring_batches(run, lengths)
+    largest = max(scoring, key=lambda batch: len(batch) * lengths[batch].max())
     test_targets = predicted_tokens(data, data.test, "test")
     batch = collate(data, data.test, largest, test_targets).to(run.device)
 
@@ -583,7 +583,7 @@ def count_flops(run, data, base, method, steps):
     four passes is within 2 % of counting all. What a method does once a step is counted on one.
     """
 
-    def passes(split, parts, training):
+    def passes(split, micro_batches, training):
         """Each pass as a function, and its (tokens, pairs of tokens, output positions)."""
         targets, prices = predicted_tokens(data, split, "test"), []
 
@@ -594,13 +594,13 @@ def count_flops(run, data, base, method, steps):
             if training:
                 loss.backward()
 
-        for part in parts:
-            n, longest = len(part), int(split.lengths[part].max())
-            prices.append((n * longest, n * longest**2, int(targets.counts[part].sum())))
-        return [functools.partial(work, part) for part in parts], prices
+        for batch in micro_batches:
+            n, longest = len(batch), int(split.lengths[batch].max())
+            prices.append((n * longest, n * longest**2, int(targets.counts[batch].sum())))
+        return [functools.partial(work, batch) for batch in micro_batches], prices
 
     model, lengths = base.model, data.test.lengths
-    scoring = passes(data.test, batches.scoring_parts(run, lengths), training=False)
+    scoring = passes(data.test, batches.scoring_batches(run, lengths), training=False)
     inference = meters.fitted_flops(model.eval(), *scoring)
     model.train()
     works, prices = passes(data.train, list(itertools.chain.from_iterable(steps)), training=True)

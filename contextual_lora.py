@@ -22,7 +22,7 @@ Attention is never sliced, nor is a last block that computes the output tokens a
 are those of the paper's GLUE configuration, with 90 % of the channels left out, not 95 %.
 """
 
-import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
+import harness  # noqa: F401, I001 - first, so that Ctrl-C while importing prints one line
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -278,7 +278,7 @@ def main(argv=None):
         else:
             history = train(run, data, base, method)
             scores = evaluate(run, data, base)
-            save_result(run, data, base, method, history, scores)  # so that nothing can lose it
+            save_result(run, data, base, method, history, scores)  # measuring may be interrupted
             costs = measure(run, data, base, method, history)
             paths.append(save_result(run, data, base, method, history, scores, costs))
         if run.export:

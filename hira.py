@@ -15,7 +15,7 @@ Departures from the paper: its A and B are named the other way round; the learni
 1e-3 (a step is multiplied by |W0|, a few hundredths); --dropout is PEFT's, the authors have none.
 """
 
-import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
+import harness  # noqa: F401, I001 - first, so that Ctrl-C while importing prints one line
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -80,7 +80,7 @@ class HadamardProduct(torch.autograd.Function):
 class HiRALinear(AdapterLayer):
     """A frozen linear layer `base` whose weight is multiplied by 1 + B·A (equation 6)."""
 
-    keys = {"A": "hira_A", "B": "hira_B"}  # parameter -> its name in PEFT's file
+    keys = {"A": "hira_A", "B": "hira_B"}  # its name in the saved adapter, as in PEFT
 
     def __init__(self, base, rank, dropout):
         super().__init__(base)
@@ -138,7 +138,7 @@ def main(argv=None):
         else:
             history = train(run, data, base, method)
             scores = evaluate(run, data, base)
-            save_result(run, data, base, method, history, scores)  # so that nothing can lose it
+            save_result(run, data, base, method, history, scores)  # measuring may be interrupted
             costs = measure(run, data, base, method, history)
             paths.append(save_result(run, data, base, method, history, scores, costs))
         if run.export:

@@ -6,14 +6,17 @@ Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arX
 
     python lora.py --dataset sst2 --rank 8
 
-B starts at zero: training starts from the unchanged model, and the first step can move B only. A
-and B are r·(in + out) numbers instead of in·out; merged into W0 they cost nothing at inference.
+A and B are r·(in + out) numbers instead of in·out. B starts at zero, so that training starts from
+the unchanged model. A starts at random: were it zero too, neither would ever get a gradient. In the
+first step A's gradient, which passes through B, is zero, and only B moves. The factor α/r is there
+so that another rank needs no other learning rate (section 4.1). A and B are saved as in PEFT. Added
+to W0, "merged", they are one matrix again, and inference costs what it cost before.
 
 Departures from the paper: A starts Kaiming-uniform, as in the authors' loralib, not Gaussian; α is
 16 at every rank, where PEFT's default is 8; dropout, off by default, acts on the adapter's input.
 """
 
-import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
+import harness  # noqa: F401, I001 - first, so that Ctrl-C while importing prints one line
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,13 +42,13 @@ def add_args(parser):
 
 def lora_update(x, A, B, scale):
     """scale·B·A·x, through the r-wide middle: x (..., in), A (r, in), B (out, r) -> (..., out)."""
-    return F.linear(F.linear(x, A) * scale, B)  # scaled where the tensor is narrowest
+    return F.linear(F.linear(x, A) * scale, B)  # scaled in the middle, where it is cheapest
 
 
 class LoRALinear(AdapterLayer):
     """A frozen linear layer `base` with a trained update beside it (equation 3)."""
 
-    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # parameter -> its name in PEFT's file
+    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # its name in the saved adapter, as in PEFT
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__(base)
@@ -91,7 +94,7 @@ def main(argv=None):
         else:
             history = train(run, data, base, method)
             scores = evaluate(run, data, base)
-            save_result(run, data, base, method, history, scores)  # so that nothing can lose it
+            save_result(run, data, base, method, history, scores)  # measuring may be interrupted
             costs = measure(run, data, base, method, history)
             paths.append(save_result(run, data, base, method, history, scores, costs))
         if run.export:

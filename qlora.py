@@ -19,7 +19,7 @@ and B of a layer 768 wide from rank 131 on, 4096 wide from rank 25. The code bel
 weights; bitsandbytes' kernel unpacks them faster than ours, with the same values (--nf4_kernel).
 """
 
-import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
+import harness  # noqa: F401, I001 - first, so that Ctrl-C while importing prints one line
 import functools
 import logging
 import math
@@ -200,13 +200,13 @@ def unpack_with_bitsandbytes(layer, dtype):
 
 def lora_update(x, A, B, scale):
     """scale·B·A·x, through the r-wide middle: x (..., in), A (r, in), B (out, r) -> (..., out)."""
-    return F.linear(F.linear(x, A) * scale, B)  # scaled where the tensor is narrowest
+    return F.linear(F.linear(x, A) * scale, B)  # scaled in the middle, where it is cheapest
 
 
 class QLoRALinear(AdapterLayer):
     """A 4-bit linear layer `base` with a trained update beside it (equation 5)."""
 
-    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # parameter -> its name in PEFT's file
+    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # its name in the saved adapter, as in PEFT
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__(base)
@@ -270,9 +270,8 @@ def find_optimizer(run):
 
 def quantize_blocks(run, base):
     """Put every linear layer inside the blocks into 4 bits, in place; returns a Method's fields."""
-    model, kernel = base.model, find_kernel(run)
+    model, kernel, double_quant = base.model, find_kernel(run), not run.no_double_quant
     names, weights, stored = models.block_linears(model), 0, 0
-    double_quant = not run.no_double_quant
     with explain_out_of_memory(run, "a smaller --model"):
         for name in names:
             layer = NF4Linear(model.get_submodule(name), double_quant, kernel, run.device)
@@ -282,7 +281,8 @@ def quantize_blocks(run, base):
     mib, fp32 = stored / 2**20, weights * 4 / 2**20
     say(f"{len(names)} linear layers in NF4: {mib:.1f} MiB, {fp32:.1f} in fp32; kernel: {kernel}")
     # A mixture of experts keeps its experts as parameters of three dimensions, not as layers.
-    other = sum(t.numel() for n, t in model.named_parameters() if t.ndim > 2 and n not in base.head)
+    frozen = [t for n, t in model.named_parameters() if n not in base.head_names]
+    other = sum(tensor.numel() for tensor in frozen if tensor.ndim > 2)
     if other:
         say(f"not in NF4: {other:,} weights outside linear layers beside {weights:,} inside")
     numbers = {"kernel": kernel, "double_quant": double_quant, "layers": len(names)}
@@ -318,7 +318,7 @@ def main(argv=None):
         else:
             history = train(run, data, base, method)
             scores = evaluate(run, data, base)
-            save_result(run, data, base, method, history, scores)  # so that nothing can lose it
+            save_result(run, data, base, method, history, scores)  # measuring may be interrupted
             costs = measure(run, data, base, method, history)
             paths.append(save_result(run, data, base, method, history, scores, costs))
         if run.export:

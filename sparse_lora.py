@@ -14,7 +14,7 @@ runs from 10 % to 70 % of the steps, and masked entries never come back. This is
 "SparseLoRA" of arXiv 2506.16500: that one is contextual_lora.py.
 """
 
-import harness  # noqa: F401, I001 - first: Ctrl-C is one line from here on
+import harness  # noqa: F401, I001 - first, so that Ctrl-C while importing prints one line
 import math
 
 import torch
@@ -47,7 +47,7 @@ def add_args(parser):
 
 def lora_update(x, A, B, scale):
     """scale·B·A·x, through the r-wide middle: x (..., in), A (r, in), B (out, r) -> (..., out)."""
-    return F.linear(F.linear(x, A) * scale, B)  # scaled where the tensor is narrowest
+    return F.linear(F.linear(x, A) * scale, B)  # scaled in the middle, where it is cheapest
 
 
 def sparsity_at(step, total, final):
@@ -85,7 +85,7 @@ def keep_components(norms, keep):
 class LoRALinear(AdapterLayer):
     """A frozen linear layer `base` with a trained update beside it (equation 3)."""
 
-    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # parameter -> its name in PEFT's file
+    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # its name in the saved adapter, as in PEFT
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__(base)
@@ -200,7 +200,7 @@ def main(argv=None):
         else:
             history = train(run, data, base, method)
             scores = evaluate(run, data, base)
-            save_result(run, data, base, method, history, scores)  # so that nothing can lose it
+            save_result(run, data, base, method, history, scores)  # measuring may be interrupted
             costs = measure(run, data, base, method, history)
             paths.append(save_result(run, data, base, method, history, scores, costs))
         if run.export:

@@ -18,7 +18,7 @@ class Targets(NamedTuple):
     """What is read and what is to be predicted in one pass over a split."""
 
     inputs: torch.Tensor  # (total,) int32, tokens with masks in them
-    flags: torch.Tensor | None  # (total,) bool, the tokens that are predicted
+    is_predicted: torch.Tensor | None  # (total,) bool; None for labels
     counts: torch.Tensor  # (examples,) int64, how many of them an example has; 1 for a label
 
 
@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     """One forward pass. Positions count through the flattened (B·L) batch."""
 
     ids: torch.Tensor  # (B, L) int64, padded
-    mask: torch.Tensor | None  # (B, L) int64, 0 on padding; None where nothing is padded
+    attention_mask: torch.Tensor | None  # (B, L) int64, 0 on padding; None where there is none
     types: torch.Tensor | None  # (B, L) int64, which of an example's two texts a token is of
     token_positions: torch.Tensor  # (tokens,) int64, positions that are not padding
     output_positions: torch.Tensor  # (R,) int64, positions whose output is used
@@ -51,16 +51,16 @@ def predicted_tokens(data, split, *seed):
     if data.task == "classification":
         return Targets(tokens, None, torch.ones_like(split.labels))
     if data.task == "clm":
-        inputs, flags = tokens, split.scorable.clone()
-        flags[split.starts[:-1]] = False
+        inputs, is_predicted = tokens, split.scorable.clone()
+        is_predicted[split.starts[:-1]] = False
     else:
         u = torch.rand(len(tokens), dtype=torch.float64, generator=generator_for(*seed, "masks"))
-        flags = (u < 0.15) & split.scorable
-        inputs = torch.where(flags & (u < 0.12), data.mask, tokens)
-        swapped = flags & (u >= 0.12) & (u < 0.135)
-        inputs[swapped] = ((u[swapped] - 0.12) / 0.015 * data.vocab).to(inputs.dtype)
-    before = F.pad(flags.cumsum(0), (1, 0))
-    return Targets(inputs, flags, before[split.starts[1:]] - before[split.starts[:-1]])
+        is_predicted = (u < 0.15) & split.scorable
+        inputs = torch.where(is_predicted & (u < 0.12), data.mask_id, tokens)
+        swapped = is_predicted & (u >= 0.12) & (u < 0.135)
+        inputs[swapped] = ((u[swapped] - 0.12) / 0.015 * data.vocab_size).to(inputs.dtype)
+    before = F.pad(is_predicted.cumsum(0), (1, 0))
+    return Targets(inputs, is_predicted, before[split.starts[1:]] - before[split.starts[:-1]])
 
 
 def collate(data, split, examples, targets):
@@ -69,8 +69,8 @@ def collate(data, split, examples, targets):
     column = torch.arange(int(lengths.max()))
     attended = column < lengths[:, None]  # (B, L)
     index = (split.starts[examples][:, None] + column).clamp(max=len(split.tokens) - 1)
-    ids = torch.where(attended, targets.inputs[index], data.pad).long()
-    mask = None if attended.all() else attended.long()
+    ids = torch.where(attended, targets.inputs[index], data.pad_id).long()
+    attention_mask = None if attended.all() else attended.long()
     types = None if split.types is None else split.types[index].long() * attended
     token_positions = attended.flatten().nonzero()[:, 0]
     if data.task == "classification":  # the head reads one position: [CLS], or the last token
@@ -79,12 +79,12 @@ def collate(data, split, examples, targets):
             output_positions += lengths - 1
         target = split.labels[examples]
     else:
-        scored = attended & targets.flags[index]
+        scored = attended & targets.is_predicted[index]
         target = split.tokens[index][scored].long()
         if data.task == "clm":  # the output at a token predicts the next one
             scored = F.pad(scored[:, 1:], (0, 1))
         output_positions = scored.flatten().nonzero()[:, 0]
-    return Batch(ids, mask, types, token_positions, output_positions, target)
+    return Batch(ids, attention_mask, types, token_positions, output_positions, target)
 
 
 def global_batch(run):
@@ -114,16 +114,16 @@ def leading_examples(lengths, tokens):
 def micro_batches(run, lengths, examples, size, together=0):
     """Cut the examples (n,) of a batch into what goes through the model at once: `size` examples.
 
-    On a CPU about 1,024 tokens: what a layer writes is still in the cache when the next one reads
-    it (docs/speed.md, "whole batches at once"). `lengths` is of all the split's examples. The
-    leading examples with `together` tokens are not cut apart (Method.tokens_together).
+    On a CPU about 1,024 tokens, which takes less memory and as much time as whole batches
+    (docs/speed.md). `lengths` is of all the split's examples. The leading examples with `together`
+    tokens are not cut apart (Method.tokens_together).
     """
     if not len(examples):
         return []
     if "cpu" in run.device:
         size = max(1, min(size, 1024 // int(lengths[examples].max())))
     first = max(size, leading_examples(lengths[examples], together))
-    return [part for part in (examples[:first], *examples[first:].split(size)) if len(part)]
+    return [batch for batch in (examples[:first], *examples[first:].split(size)) if len(batch)]
 
 
 def count_steps(run, data):
@@ -149,22 +149,22 @@ def training_batches(run, data, first, total):
 
 def steps_of(run, data, method, steps):
     """The micro-batches of every step that ran, of all processes: [[examples (n,), …], …]."""
-    parts, lengths, processes = [], data.train.lengths, range(process_count())
+    steps_cut, lengths, processes = [], data.train.lengths, range(process_count())
     for _, examples, _ in training_batches(run, data, 1, steps):
         shares = (examples[number :: process_count()] for number in processes)
         cut = (
             micro_batches(run, lengths, share, run.batch_size, method.tokens_together)
             for share in shares
         )
-        parts.append(list(itertools.chain.from_iterable(cut)))
-    return parts
+        steps_cut.append(list(itertools.chain.from_iterable(cut)))
+    return steps_cut
 
 
-def scoring_parts(run, lengths):
+def scoring_batches(run, lengths):
     """What goes through the model at once while scoring: examples of similar length together."""
     batches = lengths.argsort(stable=True).split(run.eval_batch_size)
-    parts = (micro_batches(run, lengths, batch, run.eval_batch_size) for batch in batches)
-    return list(itertools.chain.from_iterable(parts))
+    cut = (micro_batches(run, lengths, batch, run.eval_batch_size) for batch in batches)
+    return list(itertools.chain.from_iterable(cut))
 
 
 def longest_and_shortest(data):

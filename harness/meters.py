@@ -50,25 +50,25 @@ class LiveBytes(TorchDispatchMode):
     kernel takes and frees inside is not seen. The same on every device, and for fake tensors.
     """
 
-    def __init__(self, **known):
+    def __init__(self, **tensors_by_kind):
         super().__init__()
-        self.now = dict.fromkeys((*known, "gradients", "activations", "temporaries"), 0)
+        self.now = dict.fromkeys((*tensors_by_kind, "gradients", "activations", "temporaries"), 0)
         self.peak, self.kind = dict(self.now), {}
-        for kind, tensors in known.items():
+        for kind, tensors in tensors_by_kind.items():
             self.see(tensors, kind)
 
     def see(self, tree, kind):
-        """Count every tensor in `tree`; a temporary that is known already becomes of this kind."""
+        """Count every tensor in `tree`; one counted as a temporary becomes of this kind."""
         for tensor in tree_leaves(tree):
             if not isinstance(tensor, torch.Tensor):
                 continue
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
-            known = self.kind.get(key)
-            if known is None:
+            kind_before = self.kind.get(key)
+            if kind_before is None:
                 weakref.finalize(storage, self.gone, key, size)
-            elif known == "temporaries":
-                self.now[known] -= size
+            elif kind_before == "temporaries":
+                self.now[kind_before] -= size
             else:
                 continue
             self.kind[key] = kind
@@ -176,7 +176,7 @@ def count_parameters(base):
     """Numbers of weights: adapter, head, trainable, total. A 4-bit weight counts as a whole one."""
     named = base.model.named_parameters()
     trained = {name: tensor.numel() for name, tensor in named if tensor.requires_grad}
-    head = sum(size for name, size in trained.items() if name in base.head)
+    head = sum(size for name, size in trained.items() if name in base.head_names)
     modules = stand_ins(base.model).values()
     added = sum(getattr(module, key).numel() for module in modules for key in module.keys)
     trainable, total = sum(trained.values()), base.weights + added

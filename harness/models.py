@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from harness.process import fail, first_line, library_errors, say
@@ -132,30 +131,20 @@ def number_as_head(examples, names):
         return examples
     classes = [examples.classes[number] for number in order]
     train, test = (
-        part | {"label": [order.index(label) for label in part["label"]]}
-        for part in (examples.train, examples.test)
+        split | {"label": [order.index(label) for label in split["label"]]}
+        for split in (examples.train, examples.test)
     )
     return replace(examples, classes=classes, train=train, test=test)
 
 
 def refuse_head(flag, names, classes):
     """End the program where a head that is only scored has other classes than the data."""
-    head, data = (", ".join(map(printable, [*part][:8])) for part in (names, classes))
+    head, data = (", ".join(map(printable, [*group][:8])) for group in (names, classes))
     fail(f"{flag}: its head has the classes {head}; data: {data}")
 
 
-def check_files(name, folder, config):
-    """Refuse an index that names other files than safetensors inside the model's own folder, and a
-    config with more layers than the checkpoint has tensors: building such a model never ends.
-    """
-    tensors = 0
-    for file in Path(folder).glob("*.safetensors"):
-        # If a file is torn, from_pretrained says so.
-        with contextlib.suppress(SafetensorError), safe_open(file, "pt") as weights:
-            tensors += len(weights.keys())
-    layers = getattr(config, "num_hidden_layers", None)
-    if tensors and isinstance(layers, int) and layers > tensors:
-        fail(f"--model {name}: {layers:,} layers in config.json, {tensors:,} tensors in its files")
+def check_files(name, folder):
+    """Refuse an index that names other files than safetensors inside the model's own folder."""
     for index in Path(folder).glob("*.safetensors.index.json"):
         try:
             text = index.read_text() if index.is_file() else ""  # a pipe would never end
@@ -176,7 +165,7 @@ def load(run, task, config):
     import transformers
 
     name, kind, folder = run.model, HEADS[task], model_folder(run.model)
-    check_files(name, folder, config)
+    check_files(name, folder)
     with library_errors(f"--model {name}: cannot load it for {kind}"):
         model, info = getattr(transformers, f"AutoModelFor{kind}").from_pretrained(
             folder,
@@ -320,8 +309,8 @@ def layer_names(model):
 def feed_forward_layers(model):
     """{block: ends of the names of its feed-forward layers, the one out last}; {} if unknown."""
     layers = [n for n, m in model.named_modules() if is_linear(m) or isinstance(m, AdapterLayer)]
-    known = [ends for ends in FFN if any(name.endswith(f".{ends[0]}") for name in layers)]
-    ends = known[0] if known else [None]
+    matching = [ends for ends in FFN if any(name.endswith(f".{ends[0]}") for name in layers)]
+    ends = matching[0] if matching else [None]
     names = [name for name, _ in model.named_modules() if name.endswith(f".{ends[0]}")]
     return {n.removesuffix(ends[0]): ends for n in names} if set(names) <= set(layers) else {}
 

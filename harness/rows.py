@@ -31,6 +31,7 @@ HUB = {  # repository on the hub, and its folder of parquet files
 DEMOS = ("demo", "demo_lm")
 TEXT = ("wikitext2", "demo_lm")  # running text, without labels
 LENGTHS = {"demo": 64, "demo_lm": 64, "sst2": 128, "imdb": 256, "wikitext2": 128}  # else 256
+MAX_LAYERS = 2000  # ten times what published models have; building millions would never end
 ENDINGS = (".parquet", ".csv", ".tsv", ".json", ".jsonl")
 SPLITS = {  # words in a file's name -> its split
     **dict.fromkeys(("train", "training"), "train"),
@@ -66,19 +67,19 @@ class Examples:
 
         None unless a quarter of a sample do, as most of SST-2's phrases; long texts are not tried.
         """
-        known, numbers = dict.fromkeys(self.plain), range(len(self.plain))
-        sample = [*known][:: max(1, len(known) // 100)]
-        joined = "".join(f" {text} \n" for text in known)
-        if self.train["pair"] or len(joined) > 500 * len(known):
+        unique, numbers = dict.fromkeys(self.plain), range(len(self.plain))
+        sample = [*unique][:: max(1, len(unique) // 100)]
+        joined = "".join(f" {text} \n" for text in unique)
+        if self.train["pair"] or len(joined) > 500 * len(unique):
             return None
         if sum(joined.count(f" {text} ") > 1 for text in sample) < len(sample) / 4:
             return None
-        known, inside, whole = set(known), set(), []
+        inside, whole = set(), []
         # Longest first: a text inside one that was seen has no part that is not inside it, too.
         for number in sorted(numbers, key=lambda number: -len(self.plain[number])):
             if self.plain[number] not in inside:
                 whole.append(number)
-                inside |= parts_of(self.plain[number]) & known
+                inside |= parts_of(self.plain[number]) & unique.keys()
         return sorted(whole)
 
     def cut(self, among, choose):
@@ -185,6 +186,11 @@ def load_config(model):
     transformers.utils.logging.disable_progress_bar()
     with library_errors(f"--model {model}: {problem}"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for key in ("num_hidden_layers", "decoder_layers", "num_decoder_layers"):
+        layers = getattr(config, key, None) or 0
+        if not isinstance(layers, int) or layers > MAX_LAYERS:
+            odd = f"{key} {printable(layers)} in its config.json"
+            fail(f"--model {model}: {odd}; wanted: at most {MAX_LAYERS:,}")
     # A config may name attention kernels to download, and another file of weights.
     config._attn_implementation = None
     vars(config).pop("transformers_weights", None)
@@ -415,8 +421,8 @@ def read_examples(dataset, data_dir):
         if (columns["pair"] is None) != (splits["train"]["pair"] is None):
             fail(f"{where}: of train and {name} only one has a second text")
         for label in map(printable, set(columns["label"]) - set(classes)):
-            known = printable(", ".join(classes), 200)
-            tables[name].refuse(f"has the label {label}; train has {known}")
+            others = printable(", ".join(classes), 200)
+            tables[name].refuse(f"has the label {label}; train has {others}")
         columns["label"] = [classes.index(label) for label in columns["label"]]
     source = scored if scored in splits else "a fifth of train"
     test = splits.get(scored, {"text": [], "pair": None, "label": []})

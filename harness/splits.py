@@ -54,8 +54,8 @@ class Split:
 
     def sha256(self):
         digest = hashlib.sha256()
-        for part in (self.tokens, self.starts, self.labels, self.scorable, self.types):
-            digest.update(b"" if part is None else part.numpy().tobytes())
+        for tensor in (self.tokens, self.starts, self.labels, self.scorable, self.types):
+            digest.update(b"" if tensor is None else tensor.numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -192,13 +192,13 @@ def split_examples(run, examples, pad):
         fail(f"--dataset {run.dataset}: {few}")
     splits = {"train": [(tokens, train)], "dev": [(tokens, dev)]}
     splits["test"] = [(test_tokens, official), (tokens, held)]
-    return {name: as_split(*parts) for name, parts in splits.items()}, len(official)
+    return {name: as_split(*sources) for name, sources in splits.items()}, len(official)
 
 
-def as_split(*parts):
-    """A Split of examples: (Tokens, numbers) for each part."""
-    labels = [part.columns["label"][number] for part, numbers in parts for number in numbers]
-    rows = [row for part, numbers in parts for row in part.of(numbers)]
+def as_split(*sources):
+    """A Split of examples; each source is (Tokens, numbers of its examples)."""
+    labels = [tokens.columns["label"][number] for tokens, numbers in sources for number in numbers]
+    rows = [row for tokens, numbers in sources for row in tokens.of(numbers)]
     ids, types, cut = zip(*rows, strict=True)
     types, _ = flat(types)
     return Split(*flat(ids), torch.tensor(labels), None, types if types.any() else None, sum(cut))
@@ -235,13 +235,13 @@ def split_text(run, examples, masked):
             sizes["dev"] = min(500, len(splits["train"].lengths))
         names = ["test"] if name == "test" else [run.seed, name]
         blocks = permuted(range(math.ceil(len(tokens) / size)), *names)[: sizes[name]]
-        parts = [slice(i * size, (i + 1) * size) for i in sorted(blocks)]
-        flags = [np.pad(scorable[part], (len(start), len(end))) for part in parts]
-        ids, starts = flat([np.concatenate([start, tokens[part], end]) for part in parts])
+        slices = [slice(i * size, (i + 1) * size) for i in sorted(blocks)]
+        is_word = [np.pad(scorable[words], (len(start), len(end))) for words in slices]
+        ids, starts = flat([np.concatenate([start, tokens[words], end]) for words in slices])
         types = torch.full_like(ids, kinds[len(kinds) // 2])
         types[starts[:-1]], types[starts[1:] - 1] = kinds[0], kinds[-1]
         types = types if any(kinds) else None
-        splits[name] = Split(ids, starts, None, torch.from_numpy(np.concatenate(flags)), types)
+        splits[name] = Split(ids, starts, None, torch.from_numpy(np.concatenate(is_word)), types)
     return splits, len(splits["test"].lengths)
 
 

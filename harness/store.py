@@ -77,8 +77,8 @@ def read_object(path):
 def read_result(path):
     """What a result file holds; {} where it is not a complete one."""
     result = read_object(path)
-    parts = (result.get(key) for key in ("settings", "environment", "data"))
-    return result if all(isinstance(part, dict) for part in parts) else {}
+    complete = all(isinstance(result.get(k), dict) for k in ("settings", "environment", "data"))
+    return result if complete else {}
 
 
 # ------------------------------------------------------------------------- is there such a run yet
@@ -106,7 +106,7 @@ def differences(old, new):
     """The entries in which two dicts differ, in words; "" where they agree."""
     keys = sorted(key for key in old.keys() | new if old.get(key) != new.get(key))
     names = [key if " " in key else f"--{key}" for key in keys]
-    values = [f"{old.get(key)!s:.20} there, {new.get(key)!s:.20} here" for key in keys]
+    values = [f"was {old.get(key)!s:.20}, is now {new.get(key)!s:.20}" for key in keys]
     return "; ".join(map(" ".join, zip(names, values, strict=True)))
 
 
@@ -134,9 +134,9 @@ def finished(run):
         stopped = result.get("untrained") or run.path.with_suffix(".checkpoint").exists()
         done = "time" in result or not stopped
         if done and run.export:
-            fail(f"{run.path} is there already; --eval_only {folder} exports it")
+            fail(f"{run.path} exists already; --eval_only {folder} exports it")
         if done:
-            say(f"{run.path} is there already; --force runs it again")
+            say(f"{run.path} exists already; --force runs it again")
     return agree(done)
 
 
@@ -201,9 +201,9 @@ def misfit_of(state, run, data, base, optimizer):
     history = {"step": 0, "curve": [row], "losses": [row], "laps": [0.0], "diverged": False}
     weights = {name: torch.zeros_like(tensor) for name, tensor in changing(base.model).items()}
     forms = {"model": weights, "optimizer": state_after_a_step(optimizer), "history": history}
-    for part, form in forms.items():
-        if not has_form(state.get(part), form):
-            return f"its {part} does not fit this run"
+    for name, form in forms.items():
+        if not has_form(state.get(name), form):
+            return f"its {name} does not fit this run"
     history, total = state["history"], count_steps(run, data)
     steps = {float(entry["step"]) for entry in state["optimizer"].values()} | {history["step"]}
     fits = len(steps) == 1 and 0 < history["step"] == len(history["laps"]) <= total
@@ -280,7 +280,7 @@ def save_adapter(run, data, base, method):
         return
     # PEFT saves and loads whole modules: a head's name below the base, "pooler" or "classifier".
     prefix = f"{model.base_model_prefix}."
-    heads = sorted({name.removeprefix(prefix).split(".")[0] for name in base.head})
+    heads = sorted({name.removeprefix(prefix).split(".")[0] for name in base.head_names})
     layers = [m.base for m in stand_ins(model).values() if isinstance(m, AdapterLayer)]
     tasks = {"classification": "SEQ_CLS", "mlm": None, "clm": "CAUSAL_LM"}
     config = {"task_type": tasks[data.task], "base_model_name_or_path": run.settings["model"]}

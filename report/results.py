@@ -36,6 +36,8 @@ TRAINING = {"epochs", "max_steps", "head_lr", "warmup", "weight_decay", "base_dr
 ADAPTER = {"rank", "alpha", "dropout", "targets"}  # methods are tested where these are equal
 NUMERIC = TRAINING | {"rank", "alpha", "dropout", "batch_size", "grad_accum", "max_length"}
 NUMERIC |= {"heldout", "sparsity", "channel_sparsity", "penalty"}
+SWITCHES = {"checkpointing", "no_double_quant", "paged"}
+WORDS = {"dataset", "model", "precision", "structure", "estimator", "nf4_kernel", "update"}
 MACHINE_FREE = ("metrics", "parameters", "sparsity", "flops", "disk")  # hardly depend on the device
 
 
@@ -256,12 +258,16 @@ def read_costs(r):
 def read_settings(r):
     """A result's settings, each of them None, a bool, a text, a finite number, or a list of these.
 
-    NaN would differ from itself, and "8" from 8 in runs of one row.
+    NaN would differ from itself, and "8" from 8 or "yes" from True in runs of one row.
     """
     settings = dict(r["settings"])
     if settings.get("targets") is None and r["peft"]:
         settings["targets"] = r["peft"]["target_modules"]
     for key, value in settings.items():
+        kind = bool if key in SWITCHES else str if key in WORDS else None
+        if kind and not isinstance(value, kind):
+            wanted = "true or false" if kind is bool else "a text"
+            raise ValueError(f"the setting {key} is {printable(value)}, not {wanted}")
         parts = value if isinstance(value, list) and key not in NUMERIC else [value]
         for part in parts:
             if part is not None and (key in NUMERIC or not isinstance(part, bool | str)):

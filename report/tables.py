@@ -121,9 +121,9 @@ def cautions(rows, task, margin):
         if len(row.lrs) > 1 and often > count / 3:
             edges[row.label] = f"in {often} of {count} seeds"
         median = np.median([run.test for run in runs]) if runs else 0
-        lost = {run.seed: SIGN[task] * (median - run.test) for run in runs}
-        lost = [str(seed) for seed, x in lost.items() if x > 3 * margin_on_scale(margin, task)]
-        low[row.label] = f"seed {', '.join(lost)}" if lost and count > 2 else ""
+        behind = {run.seed: SIGN[task] * (median - run.test) for run in runs}
+        seeds = [str(seed) for seed, x in behind.items() if x > 3 * margin_on_scale(margin, task)]
+        low[row.label] = f"seed {', '.join(seeds)}" if seeds and count > 2 else ""
     add("The learning-rate grid may be too narrow: its lowest or highest value was picked.", edges)
     limit = f"{3 * margin:g} {'points' if task == 'classification' else '%'}"
     add(f"Training went wrong: more than {limit} worse than the method's median.", low)

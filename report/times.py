@@ -24,9 +24,10 @@ TRAINING = {  # key of a number: the column's title
     "tokens_per_second": "tokens/s",
     "relative_speed": "relative speed",
     "product_rate_percent": "% of the product rate",
-    "tuning_hours": "machine hours of tuning",
-    "gpu_hours": "GPU hours of tuning",
-    "price": "price of tuning",
+    "tuning_hours": "machine hours of tuning one seed",
+    "study_hours": "of tuning all seeds",
+    "gpu_hours": "GPU hours of tuning one seed",
+    "price": "its price",
 }
 INFERENCE = {
     "p50_ms": "one example, p50 ms",
@@ -122,8 +123,8 @@ def read(path):
         machine, rate = first["machine"], np.median([line["product_rate"] for line in lines])
         source = f"{machine['name']}, cores: {machine['cores']}, threads: {machine['threads']}, "
         source += f"{machine['precision']}, torch {machine['torch']}; {first['started']}, {rounds} "
-        source += f"rounds; {figure(rate / 1e9)} GFLOP/s in one matrix product. Tuning is one seed "
-        source += f"at {first['learning_rates']} learning rates."
+        source += f"rounds; {figure(rate / 1e9)} GFLOP/s in one matrix product. Tuning one seed "
+        source += f"takes {first['learning_rates']} runs, one for each learning rate."
         numbers = training_times(lines), inference_times(lines)
         measurements.append(Times(source, *numbers, first))
     return measurements
@@ -159,8 +160,12 @@ def of_group(group, measurements, price=None):
         times = of_runs(group, epoch_steps, run_steps)
     else:
         return None
-    for numbers in times.training.values() if times and price else ():
-        numbers["price"] = [price * hours for hours in numbers.get("gpu_hours", [])]
+    rows = {row.label: row for row in group.rows}
+    for label, numbers in times.training.items() if times else ():
+        seeds = len(rows[label].picked)
+        numbers["study_hours"] = [seeds * hours for hours in numbers["tuning_hours"]]
+        if price:
+            numbers["price"] = [price * hours for hours in numbers.get("gpu_hours", [])]
     return times
 
 
@@ -200,7 +205,7 @@ def of_runs(group, epoch_steps, run_steps):
                 numbers.setdefault(key, []).append(run.costs[paths[key]])
     source = f"Measured in separate runs with --timing, one number per seed, on {machine}. A "
     source += "machine's speed drifts from run to run, so a small difference may be the machine's "
-    source += "and not the method's. Tuning is one seed at all learning rates."
+    source += "and not the method's. Tuning one seed takes a run for each learning rate."
     training = training_times(lines, group.lora.label if group.lora else "")
     return Times(source, training, inference, lines[0])
 

@@ -83,7 +83,7 @@ def triplet_scores(lam, A, B):
 class AdaLoRALinear(AdapterLayer):
     """A frozen linear layer `base` with an update of r0 triplets beside it (equation 3)."""
 
-    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # parameter -> its name in PEFT's file
+    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # its name in the saved adapter, as in PEFT
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__(base)
@@ -216,7 +216,7 @@ def main(argv=None):
         else:
             history = train(run, data, base, method)
             scores = evaluate(run, data, base)
-            save_result(run, data, base, method, history, scores)  # so that nothing can lose it
+            save_result(run, data, base, method, history, scores)  # measuring may be interrupted
             costs = measure(run, data, base, method, history)
             paths.append(save_result(run, data, base, method, history, scores, costs))
         if run.export:

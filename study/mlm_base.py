@@ -75,7 +75,7 @@ def main():
             targets = predicted_tokens(data, split, 0, epoch)
             batches = length_grouped_batches(split.lengths, 32, 0, epoch)
         batch = collate(data, split, batches[place], targets)
-        hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.mask)[0]
+        hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.attention_mask)[0]
         loss = F.cross_entropy(
             model.cls(hidden.flatten(0, 1)[batch.output_positions]), batch.target
         )

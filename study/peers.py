@@ -67,7 +67,7 @@ def peft_model(run, data, name):
     with mock.patch.object(common, "compute_output_positions_only", leave_uncut):
         base = common.load_base(run, data)
     model, prefix = base.model, f"{base.model.base_model_prefix}."
-    heads = sorted({path.removeprefix(prefix).split(".")[0] for path in base.head})
+    heads = sorted({path.removeprefix(prefix).split(".")[0] for path in base.head_names})
     shared = {
         "r": run.rank,
         "target_modules": models.find_targets(model, None),

@@ -40,19 +40,17 @@ WORDS = (
     "bright weak strong and but with of in to it this that very so too no yes one two cat dog sat "
     "mat"
 ).split()
+TORCH = ["--nf4_kernel", "torch"]
 EVERY = {  # each way of training: its script and flags
     "head only": (baseline, []),
     "full": (baseline, ["--full", "--lr", 1e-4]),
     "lora": (lora, []),
     "hira": (hira, []),
-    "qlora": (qlora, ["--nf4_kernel", "torch"]),
+    "qlora": (qlora, TORCH),
     "prune": (sparse_lora, []),
     "contextual": (contextual_lora, ["--dense_layers", 0]),
-    "qhira": (hybrid, ["--nf4_kernel", "torch"]),
-    "sparse qlora": (
-        hybrid,
-        ["--update", "contextual", "--dense_layers", 0, "--nf4_kernel", "torch"],
-    ),
+    "qhira": (hybrid, TORCH),
+    "contextual qlora": (hybrid, ["--update", "contextual", "--dense_layers", 0, *TORCH]),
 }
 
 

@@ -21,7 +21,7 @@ REFUSED = {  # one line says why
 }
 CASES = [(kind, name) for kind in OWN for name in ("lora", "hira", "qlora", "contextual")]
 UNLIKE = ("bert", "gpt2", "t5", "llama", "falcon")  # for methods composed of the four's parts
-CASES += [(kind, name) for kind in UNLIKE for name in ("prune", "qhira", "sparse qlora")]
+CASES += [(kind, name) for kind in UNLIKE for name in ("prune", "qhira", "contextual qlora")]
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -33,7 +33,7 @@ def test_trains_and_saves_what_peft_loads_and_merges(
     module, flags = EVERY[name]
     words = ["--dataset", reviews, "--model", architecture(kind), "--max_length", 24]
     words += ["--max_steps", 4, "--batch_size", 8, "--lr", 0.02, *flags]
-    method_of = name.replace("sparse qlora", "contextual")
+    method_of = name.replace("contextual qlora", "contextual")
     refusal = REFUSED.get((kind, method_of)) or REFUSED.get((kind, "every adapter"))
     try:
         run, data, base, method = ready(module, tmp_path, *words)
@@ -51,7 +51,7 @@ def test_trains_and_saves_what_peft_loads_and_merges(
         torch.testing.assert_close(common.forward(base, batch), ours, atol=2e-5, rtol=2e-4)
     save_adapter(run, data, base, method)
     twin = in_peft(run, data, base)
-    theirs = twin(input_ids=batch.ids, attention_mask=batch.mask).logits
+    theirs = twin(input_ids=batch.ids, attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(theirs, ours, atol=2e-5, rtol=2e-4)
     F.cross_entropy(theirs, batch.target).backward()
     named = dict(twin.named_parameters())
@@ -73,7 +73,7 @@ def in_peft(run, data, base):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
         run.model, num_labels=len(data.classes), dtype=torch.float32
     )
-    model.config.pad_token_id = data.pad
+    model.config.pad_token_id = data.pad_id
     for path, module in base.model.named_modules():  # QLoRA's oracle is the dequantized base
         if isinstance(module, qlora.NF4Linear):
             layer = model.get_submodule(path.removesuffix(".base"))

@@ -36,7 +36,7 @@ def blocks(task, n=200_000, vocab=1000, length=50):
     """A Data and a Split of random tokens in blocks of `length`; tokens 0 to 4 are not scored."""
     tokens = torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(0))
     split = Split(tokens.int(), torch.arange(0, n + 1, length), None, tokens > 4)
-    return Namespace(task=task, vocab=vocab, mask=4), split
+    return Namespace(task=task, vocab_size=vocab, mask_id=4), split
 
 
 def flags_of(task, models, reviews, text_dir):
@@ -56,7 +56,7 @@ def test_shares_of_masked_tokens():
     assert torch.equal(counts, flags.view(-1, 50).sum(1))
     assert torch.equal(inputs[~flags], tokens[~flags])
     assert not flags[~split.scorable].any() and binomial(n, int(split.scorable.sum()), 0.15)
-    masked, same = (inputs == data.mask) & flags, (inputs == tokens) & flags
+    masked, same = (inputs == data.mask_id) & flags, (inputs == tokens) & flags
     swapped = flags & ~masked & ~same
     # A random token is the mask, or by chance the same one, once in a thousand each.
     for kind, share in ((masked, 0.8001), (same, 0.1001), (swapped, 0.0998)):
@@ -74,10 +74,11 @@ def test_masks_move_with_seed_and_epoch_only():
     again = batches.predicted_tokens(data, split, 0, 0)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     seeds = ((0, 1), (1, 0), ("test",), ("dev",))
-    others = [batches.predicted_tokens(data, split, *seed).flags for seed in seeds]
-    assert all(not torch.equal(first.flags, flags) for flags in others)
-    both = int((first.flags & others[0]).sum())
-    assert binomial(both, int(first.flags.sum()), 0.15)  # independent: 15 % of the first ones
+    others = [batches.predicted_tokens(data, split, *seed).is_predicted for seed in seeds]
+    assert all(not torch.equal(first.is_predicted, flags) for flags in others)
+    both = int((first.is_predicted & others[0]).sum())
+    # Independent: 15 % of the first ones.
+    assert binomial(both, int(first.is_predicted.sum()), 0.15)
 
 
 # ---------------------------------------------------------------------------------------- batches
@@ -115,10 +116,10 @@ def test_collate_equals_a_plain_loop(task, last):
     labels = [draw.randrange(3) for _ in examples]
     tokens, starts = flat(examples)
     split = Split(tokens, starts, torch.tensor(labels), tokens > 4, flat(types)[0].to(torch.int8))
-    data = Namespace(task=task, reads_last=last, pad=0, mask=4, vocab=12)
+    data = Namespace(task=task, reads_last=last, pad_id=0, mask_id=4, vocab_size=12)
     targets = batches.predicted_tokens(data, split, 3, 0)
     inputs = [targets.inputs[part].tolist() for part in parts_of(split)]
-    masked = torch.zeros_like(tokens) if targets.flags is None else targets.flags
+    masked = torch.zeros_like(tokens) if targets.is_predicted is None else targets.is_predicted
     flags = [masked[part].tolist() for part in parts_of(split)]
     same = [i for i in range(40) if len(examples[i]) == 4]
     assert len(same) > 1
@@ -127,8 +128,8 @@ def test_collate_equals_a_plain_loop(task, last):
         columns = ([x[i] for i in picked] for x in (examples, types, labels, inputs, flags))
         wanted = batch_by_loop(task, last, *columns)
         if len({len(examples[i]) for i in picked}) == 1:  # nothing is padded: no mask
-            assert batch.mask is None
-            batch = batch._replace(mask=torch.tensor(wanted[1]))
+            assert batch.attention_mask is None
+            batch = batch._replace(attention_mask=torch.tensor(wanted[1]))
         assert tuple(tensor.tolist() for tensor in batch[:-1]) == wanted
         assert {tensor.dtype for tensor in batch[:-1]} == {torch.int64}
         assert targets.counts[picked].sum() == len(batch.output_positions)
@@ -277,7 +278,7 @@ def test_learning_rate_at_each_step(models, reviews, tmp_path, total, warmup, wa
     assert norm > 3 and got.keys() == raw.keys()
     for name, grad in raw.items():
         torch.testing.assert_close(got[name], grad / norm, rtol=1e-4, atol=1e-7)
-    head = {id(tensors[name]) for name in base.head}
+    head = {id(tensors[name]) for name in base.head_names}
     rest = {id(tensor) for tensor in tensors.values()} - head
     assert all(each == [(rest, 0.1), (head, 0.1)] for each in groups) and len(head) == 4
     scales = [scale_at(step, total, warm) for step in range(1, total + 1)]
@@ -356,7 +357,8 @@ def test_perplexity_is_transformers_own(models, text_dir, tmp_path, kind):
     auto = f"AutoModelFor{'CausalLM' if causal else 'MaskedLM'}"
     oracle = getattr(transformers, auto).from_pretrained(run.model).eval()
     split, targets = data.test, batches.predicted_tokens(data, data.test, "test")
-    labels = torch.where(split.scorable if causal else targets.flags, split.tokens, -100).long()
+    predicted = split.scorable if causal else targets.is_predicted
+    labels = torch.where(predicted, split.tokens, -100).long()
     scored = [int((labels[part][causal:] != -100).sum()) for part in parts_of(split)]
     with torch.no_grad():
         losses = [
@@ -388,7 +390,7 @@ def test_classification_loss_is_transformers_own(models, reviews, tmp_path, kind
     """The mean over the test examples, each alone, of a checkpoint with its own head."""
     flags = rows_flags(models, reviews, kind, "SequenceClassification")
     run, data, base, _ = ready(baseline, tmp_path, *flags)
-    assert base.head  # it is trained on
+    assert base.head_names  # it is trained on
     auto, losses, right = transformers.AutoModelForSequenceClassification, [], []
     oracle = auto.from_pretrained(run.model).eval()
     for label, part in zip(data.test.labels, parts_of(data.test), strict=True):
@@ -426,7 +428,7 @@ def test_metrics_against_counting(monkeypatch, labels, predictions, classes):
     table = F.one_hot(torch.tensor(predictions), classes).float() * 3
     monkeypatch.setattr(common, "forward", lambda base, batch: table[batch.ids[:, 0]])
     names = [str(i) for i in range(classes)]
-    data = Namespace(task="classification", reads_last=False, classes=names, pad=0)
+    data = Namespace(task="classification", reads_last=False, classes=names, pad_id=0)
     data.train = data.dev = data.test = split
     data.official = n - 1
     run = Namespace(device="cpu", precision="fp32", eval_batch_size=5, batch_size=5, lr=1.0, seed=0)
@@ -508,7 +510,7 @@ def test_no_epochs_score_the_adapted_model_before_training(models, reviews, tmp_
         assert common.train(run, data, base, method).step == 0 and "-untrained" in run.path.name
         losses.append(common.evaluate(run, data, base)["metrics"]["test"]["loss"])
     close = losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert close != (name in ("qlora", "qhira", "sparse qlora"))
+    assert close != (name in ("qlora", "qhira", "contextual qlora"))
 
 
 # -------------------------------------------------------------------------------------- precision

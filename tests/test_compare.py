@@ -672,9 +672,10 @@ def broken_results():
         "settings empty": {"settings": {}},
         "a setting with parts": {"settings": make_result()["settings"] | {"rank": {"a": 1}}},
     }
-    for value in (math.nan, math.inf, "8", True, [8], 10**400):
-        changes[f"rank {value}"] = {"settings": make_result()["settings"] | {"rank": value}}
-    changes["a setting NaN"] = {"settings": make_result()["settings"] | {"structure": math.nan}}
+    settings = [("rank", value) for value in (math.nan, math.inf, "8", True, [8], 10**400)]
+    settings += [("paged", "yes"), ("paged", 1), ("structure", math.nan), ("update", [])]
+    for key, value in settings:
+        changes[f"{key} {value}"] = {"settings": make_result()["settings"] | {key: value}}
     changes["schema 2"] = {"schema": 2}
     odd = {what: json.dumps({**json.loads(whole), **change}) for what, change in changes.items()}
     deep = json.dumps(make_result() | {"flops": "deep"})

@@ -25,7 +25,7 @@ CASES = [
     for kind in kinds
     for name in EVERY
     if not (task != "classification" and name == "head only")
-    and not (kind == "gpt2" and name in ("contextual", "sparse qlora"))
+    and not (kind == "gpt2" and name in ("contextual", "contextual qlora"))
 ]
 
 
@@ -53,7 +53,7 @@ def test_the_library_loads_it_and_gives_our_logits(
 
     @torch.no_grad()
     def theirs(model):
-        logits = model.eval()(input_ids=batch.ids, attention_mask=batch.mask).logits
+        logits = model.eval()(input_ids=batch.ids, attention_mask=batch.attention_mask).logits
         return logits if task == "classification" else logits.flatten(0, 1)[batch.output_positions]
 
     base.model.eval()

@@ -48,7 +48,7 @@ def test_a_run_is_one_learning_rate_and_one_seed(good, capsys):
     assert a["train_sha256"] != c["train_sha256"] and a["dev_sha256"] != c["dev_sha256"]
     capsys.readouterr()
     assert lora.main([*good, *grid]) == []
-    assert capsys.readouterr().out.count("is there already") == 4
+    assert capsys.readouterr().out.count("exists already") == 4
     more = lora.main([*good, *grid, "--lr", "1e-3", "2e-3", "4e-3"])
     assert [path.name.split("-lr")[1] for path in more] == ["0.004-seed0.json", "0.004-seed1.json"]
 
@@ -99,7 +99,7 @@ def test_other_settings_are_an_error_before_any_training(good, capfd, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(lora, "train", None)
         code, error = ended(capfd, lora, *good, "--seeds", 1, 0, "--warmup", 0.5)
-        assert code == 2 and "--warmup 0.06 there, 0.5 here" in error
+        assert code == 2 and "--warmup was 0.06, is now 0.5" in error
         assert "--name" in error and "--force" in error
         for harmless in (["--save_every", 2], ["--data_dir", "x"], ["--eval_batch_size", 3]):
             assert lora.main([*good, *map(str, harmless)]) == []

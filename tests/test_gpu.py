@@ -116,7 +116,7 @@ def test_counted_memory_is_near_the_allocators(precision, models, reviews, tmp_p
 
 def test_moving_to_the_gpu(models, reviews, tmp_path):
     """4-bit layers lie there at once; the model of the run before is freed first."""
-    module, more = EVERY["sparse qlora"]
+    module, more = EVERY["contextual qlora"]
     flags = [*rows_flags(models, reviews), *more, "--max_steps", 2]
     run, data, base, method, _ = trained(module, tmp_path, *flags)
     old = weakref.ref(base.model)

@@ -9,7 +9,7 @@ import hybrid
 import qlora
 from harness import models as library
 
-PARENT = {"qhira": "hira", "sparse qlora": "contextual"}
+PARENT = {"qhira": "hira", "contextual qlora": "contextual"}
 
 
 def one_step(data, base, method):

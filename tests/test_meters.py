@@ -77,7 +77,7 @@ def test_memory_and_disk_of_a_run(name, models, reviews, tmp_path):
     assert torch.equal(torch.get_rng_state(), random)
     whole = AutoModelForSequenceClassification.from_pretrained(models("distilbert"))
     sizes = {key: tensor.nbytes for key, tensor in whole.named_parameters()}
-    head, report = sum(sizes[key] for key in base.head), method.report()
+    head, report = sum(sizes[key] for key in base.head_names), method.report()
     frozen = sum(sizes.values()) - head
     adapter = {"head only": 0, "full": frozen}.get(name, 4 * ADAPTER)
     stored = frozen + sum(tensor.nbytes for tensor in whole.buffers())
@@ -105,7 +105,7 @@ def test_inference_memory_is_of_the_largest_batch(models, reviews, tmp_path, mon
     monkeypatch.setattr(common, "collate", lambda *args: calls.append(args) or collate(*args))
     common.count_memory(run, data, base, method)
     [taken] = [examples for _, split, examples, _ in calls if split is data.test]
-    parts = batches.scoring_parts(run, lengths)
+    parts = batches.scoring_batches(run, lengths)
     assert list(map(len, parts)) == [11, 11, 11, 11, 1]
     sizes = [len(part) * int(lengths[part].max()) for part in parts]
     assert len(taken) * int(lengths[taken].max()) == max(sizes) > sizes[-1]

@@ -25,7 +25,7 @@ from harness import batches, meters, output_positions
 from harness import models as library
 
 ADAPTERS = [name for name in EVERY if name not in ("head only", "full")]
-SLICED = ("contextual", "sparse qlora")  # GPT-2 has no feed-forward layers that are sliced
+SLICED = ("contextual", "contextual qlora")  # GPT-2 has no feed-forward layers that are sliced
 MERGED = [("distilbert", n) for n in ADAPTERS] + [("gpt2", n) for n in ADAPTERS if n not in SLICED]
 
 
@@ -46,7 +46,7 @@ def test_head_is_what_the_checkpoint_lacks_or_its_own(
 ):
     words = rows_flags(models, reviews, kind, checkpoint)
     base = ready(lora, tmp_path, *words)[2]
-    assert set(base.head) == head | {"classifier.weight", "classifier.bias"}
+    assert set(base.head_names) == head | {"classifier.weight", "classifier.bias"}
 
 
 @pytest.mark.parametrize("labels", [2, 3])
@@ -65,7 +65,7 @@ def test_a_checkpoint_s_head_is_the_start_or_replaced(labels, models, reviews, t
 @pytest.mark.parametrize("kind, head", [("distilbert", "MaskedLM"), ("gpt2", "CausalLM")])
 def test_a_tied_output_projection_stays_frozen(kind, head, models, text_dir, tmp_path):
     base = ready(lora, tmp_path, *text_flags(models, text_dir, kind, head))[2]
-    assert base.head == [] and not base.model.get_output_embeddings().weight.requires_grad
+    assert base.head_names == [] and not base.model.get_output_embeddings().weight.requires_grad
 
 
 def test_missing_bodies_and_vocabularies_are_refused(models, reviews, text_dir, tmp_path, capfd):
@@ -123,7 +123,7 @@ def test_start_merging_and_what_is_trained(kind, name, models, reviews, tmp_path
     model, batch = base.model.eval(), batch_of(data)
     adapters = [path for path, layer in library.stand_ins(model).items() if layer.keys]
     names = {f"{path}.{key}" for path in adapters for key in "AB"}
-    assert set(common.trained_tensors(model)) == names | set(base.head)
+    assert set(common.trained_tensors(model)) == names | set(base.head_names)
     assert all(tensor.dtype == torch.float32 for tensor in model.parameters())
     with torch.no_grad():
         start = common.forward(base, batch)
@@ -205,14 +205,14 @@ def test_computing_used_outputs_only_is_exact(
 def test_a_decoder_reads_its_last_token_whatever_it_is(models, reviews, tmp_path):
     """A text that ends in the pad token: the library's own rule would read one token early."""
     _, data, base, _ = ready(lora, tmp_path, *rows_flags(models, reviews, "gpt2"))
-    ids = torch.tensor([[5, 6, 7, data.pad], [5, 6, data.pad, data.pad]])
+    ids = torch.tensor([[5, 6, 7, data.pad_id], [5, 6, data.pad_id, data.pad_id]])
     mask, last = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), torch.tensor([3, 4 + 2])
     batch = batches.Batch(ids, mask, None, mask.flatten().nonzero()[:, 0], last, None)
     base.model.eval()
     with torch.no_grad():
         ours = common.forward(base, batch)
-        states = base.model.base_model(input_ids=ids, attention_mask=batch.mask)[0].flatten(0, 1)
-        torch.testing.assert_close(ours, states[last] @ base.model.score.weight.T)
+        states = base.model.base_model(input_ids=ids, attention_mask=batch.attention_mask)[0]
+        torch.testing.assert_close(ours, states.flatten(0, 1)[last] @ base.model.score.weight.T)
 
 
 def test_class_names_go_by_number_whatever_their_order_in_the_config():

@@ -57,13 +57,14 @@ def test_broken_weights_are_named(value, reviews, tmp_path, capfd):
     assert code == 2 and "encoder.layer.1.output.dense.weight" in error
 
 
-def test_a_config_with_more_layers_than_tensors_is_refused(reviews, tmp_path, capfd):
-    """Building ten million layers would never end."""
+@pytest.mark.parametrize("more", [[], ["--plan"]])
+def test_a_config_with_millions_of_layers_is_refused(more, reviews, tmp_path, capfd):
+    """Building them would never end."""
     folder = write(tmp_path / "deep", "AutoModel", "bert")
-    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 10**7}
+    config = json.loads((folder / "config.json").read_text()) | {"decoder_layers": 10**7}
     (folder / "config.json").write_text(json.dumps(config))
-    code, error = ended(capfd, lora, *rows(reviews, folder), "--out", tmp_path)
-    assert code == 2 and "10,000,000 layers in config.json" in error
+    code, error = ended(capfd, lora, *rows(reviews, folder), "--out", tmp_path, *more)
+    assert code == 2 and "decoder_layers 10000000 in its config.json" in error
 
 
 def test_huge_weights_are_not_called_a_fault_of_the_batch(reviews, tmp_path, capfd):

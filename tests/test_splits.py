@@ -81,7 +81,7 @@ def test_every_method_sees_the_same_rows_batches_masks_and_head(
         run, data, base, method = ready(module, tmp_path / name, *words)
         named, seen = dict(base.model.named_parameters()), []
         splits_of[name] = data.description
-        heads[name] = {key: named[key].detach().clone() for key in base.head}
+        heads[name] = {key: named[key].detach().clone() for key in base.head_names}
 
         def record(data, split, rows, targets, seen=seen):
             seen.append((rows, *collate(data, split, rows, targets)))
@@ -124,7 +124,7 @@ def test_other_seeds_draw_other_rows_heads_adapters_orders_and_masks(models, rev
         adapter = next(name for name in named if name.endswith(".A"))
         order = batches.length_grouped_batches(data.train.lengths, 8, run.seed, 0)
         u = torch.rand(99, generator=splits.generator_for(run.seed, 0, "masks"))
-        tensors = [named[base.head[0]].detach(), named[adapter].detach(), torch.cat(order), u]
+        tensors = [named[base.head_names[0]].detach(), named[adapter].detach(), torch.cat(order), u]
         found.append((data, tensors))
     (one, ours), (two, theirs) = found
     assert labelled(one.test) == labelled(two.test) != whole["test"]["rows"][:20]
@@ -585,7 +585,7 @@ def test_blocks_begin_with_the_token_that_the_tokenizer_puts_before_a_text(
     assert all(block[0] == 2 for block in blocks) and {len(block) for block in blocks[:-1]} == {12}
     without = [token for block in blocks for token in block[1:]]
     assert without == plain.train.tokens.tolist() and 2 not in without
-    flags = batches.predicted_tokens(data, data.train, 0, 0).flags
+    flags = batches.predicted_tokens(data, data.train, 0, 0).is_predicted
     assert flags.tolist() == data.train.tokens.gt(2).tolist()  # [PAD], [UNK], [CLS] come first
 
 

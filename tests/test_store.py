@@ -196,12 +196,12 @@ def test_other_data_and_another_global_batch_are_another_run(
     shutil.copytree(reviews, tmp_path / "my")
     line = [*rows_flags(models, tmp_path / "my"), "--max_steps", 1, "--out", tmp_path / "out"]
     [path] = lora.main([*map(str, line)])
-    assert lora.main([*map(str, line)]) == [] and "is there already" in capfd.readouterr().out
+    assert lora.main([*map(str, line)]) == [] and "exists already" in capfd.readouterr().out
     result = json.loads(path.read_text())
     monkeypatch.setattr(lora, "train", None)
     path.write_text(json.dumps(result | {"environment": {"processes": 2}}))
     code, error = ended(capfd, lora, *line)
-    assert code == 2 and "examples a step 64 there, 32 here" in error
+    assert code == 2 and "examples a step was 64, is now 32" in error
     path.write_text(json.dumps(result))
     shutil.copy(tmp_path / "my" / "test.parquet", tmp_path / "my" / "train.parquet")
     store.files_sha256.cache_clear()
@@ -221,7 +221,7 @@ def test_peft_adapters_load_here(name, kind, models, reviews, tmp_path):
     batch = batch_of(data)
     auto = transformers.AutoModelForSequenceClassification
     theirs = auto.from_pretrained(run.model, num_labels=2, dtype=torch.float32)
-    theirs.config.pad_token_id = data.pad
+    theirs.config.pad_token_id = data.pad_id
     shared = {"r": 8, "target_modules": method.peft["target_modules"], "task_type": "SEQ_CLS"}
     if name == "hira":
         config = peft.HiraConfig(**shared)
@@ -238,7 +238,7 @@ def test_peft_adapters_load_here(name, kind, models, reviews, tmp_path):
     store.load_adapter(run, base, method)
     ours = logits_of(base, batch)
     with torch.no_grad():
-        expected = theirs.eval()(input_ids=batch.ids, attention_mask=batch.mask).logits
+        expected = theirs.eval()(input_ids=batch.ids, attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     assert (ours - before).abs().max() > 1e-3
 
@@ -256,7 +256,7 @@ def test_pruned_ranks_load_in_peft_and_here(models, reviews, tmp_path):
     theirs = auto.from_pretrained(run.model, num_labels=2)
     theirs = peft.PeftModel.from_pretrained(theirs, run.path.with_suffix("")).eval()
     with torch.no_grad():
-        expected = theirs(input_ids=batch.ids, attention_mask=batch.mask).logits
+        expected = theirs(input_ids=batch.ids, attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-4)
     again, _, fresh, method = ready(sparse_lora, tmp_path, *line)
     again.eval_only = run.path.with_suffix("")
@@ -366,13 +366,13 @@ def test_a_foreign_adapter_on_a_4_bit_base_is_told(saved, tmp_path, capsys):
 
 
 CONTRADICTIONS = {
-    "--seeds [0] there, [1] here": ["--seeds", 1],
-    "--lr [0.002] there, [0.5] here": ["--lr", 0.5],
-    "--lr [0.002] there": ["--search", 3],
-    "--max_length 24 there, 20 here": ["--max_length", 20],
-    "--train_samples None there, 30 here": ["--train_samples", 30],
-    "--rank 8 there, 2 here": ["--rank", 2],
-    "--dataset reviews there, demo here": ["--dataset", "demo"],
+    "--seeds was [0], is now [1]": ["--seeds", 1],
+    "--lr was [0.002], is now [0.5]": ["--lr", 0.5],
+    "--lr was [0.002], is now": ["--search", 3],
+    "--max_length was 24, is now 20": ["--max_length", 20],
+    "--train_samples was None, is now 30": ["--train_samples", 30],
+    "--rank was 8, is now 2": ["--rank", 2],
+    "--dataset was reviews, is now demo": ["--dataset", "demo"],
 }
 
 
@@ -386,9 +386,9 @@ def test_a_flag_that_contradicts_the_adapters_result_is_refused(named, saved, ca
 STRANGE = {  # settings in a stranger's result file, what the line names
     "argument --rank: 'a' is not a whole number": {"rank": "a"},
     "argument --rank: ": {"rank": {}},
-    "--model @/etc/passwd there": {"model": "@/etc/passwd"},
+    "--model was @/etc/passwd, is now": {"model": "@/etc/passwd"},
     "argument --targets: ['q_lin', '--export', 'x']": {"targets": ["q_lin", "--export", "x"]},
-    "--train_samples 9 there, 9 here": {"train_samples": "9"},
+    "--train_samples was 9, is now 9": {"train_samples": "9"},
     "argument --heldout: 'True' is not a whole number": {"heldout": True},
 }
 
@@ -474,7 +474,7 @@ def test_a_trained_head_is_read_by_the_names_of_its_classes(models, named, tmp_p
     heads, line = [], [*line[:-2], "--dataset", other]
     for model in ("whole", "body"):
         base = ready(lora, tmp_path / "new", *line, "--model", tmp_path / model)[2]
-        heads.append([base.model.get_parameter(name) for name in base.head])
+        heads.append([base.model.get_parameter(name) for name in base.head_names])
         assert ("has other classes and is replaced" in capfd.readouterr().out) == (model == "whole")
     assert all(torch.equal(a, b) for a, b in zip(*heads, strict=True)) and len(heads[0]) == 4
 
@@ -567,8 +567,8 @@ DAMAGES = {  # what is done to a checkpoint's state, what the line names
     "torn": (None, "cannot be read; remove it"),
     "code": (None, "cannot be read; remove it"),
     "a list": (None, "it is no checkpoint"),
-    "epochs": (lambda s: s["run"].update(epochs=5), "--epochs 5 there, 3 here"),
-    "processes": (lambda s: s["run"].update({"examples a step": 32}), "32 there, 16 here"),
+    "epochs": (lambda s: s["run"].update(epochs=5), "--epochs was 5, is now 3"),
+    "processes": (lambda s: s["run"].update({"examples a step": 32}), "was 32, is now 16"),
     "examples": (lambda s: s["run"].update({"data files": "0"}), "data files 0 there"),
     "tensors": (lambda s: s["run"].update(lr=torch.zeros(3)), "--lr tensor([0., 0., 0.]) there"),
     "shape": (lambda s: s["model"].update({BIAS: torch.zeros(3)}), "its model"),
