@@ -188,8 +188,9 @@ def training_time(group, path):
     note = f"Bar: median of the rounds or seeds; line: quartiles; number: {score}."
     with canvas(path, title, group, note, 0.8 + 0.36 * len(rows)) as figure:
         axes, colors = figure.subplots(), [look(row)["color"] for row in rows]
+        axes.barh(range(len(rows)), middle, color=colors, height=0.62)
         error = [middle - low, high - middle]
-        axes.barh(range(len(rows)), middle, xerr=error, color=colors, ecolor=INK, height=0.62)
+        axes.errorbar(middle, range(len(rows)), xerr=error, fmt="none", ecolor=INK, capsize=4)
         for y, row in enumerate(rows):
             axes.text(high[y] + max(high) / 100, y, f"{row.score:.2f}", va="center")
         name_rows(axes, rows)
@@ -227,7 +228,8 @@ def trade_off(group, path):
             for axes, numbers, face in points:
                 low, middle, high = np.quantile(numbers, QUARTILES)
                 axes.plot([low, high], [row.score] * 2, color=style["color"], lw=1.2)
-                axes.plot(middle, row.score, ms=9, ls="", label=label, **style | {"mfc": face})
+                style |= {"mfc": face, "alpha": 0.8}  # markers may lie on each other
+                axes.plot(middle, row.score, ms=7, ls="", label=label, **style)
         left.set_xlabel("seconds per tuned run")
         right.set_xlabel("milliseconds for one example")
         lower = "" if group.task == "classification" else "\n(lower is better)"
