@@ -10,6 +10,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 import common
 import lora
+import qlora
 from harness import rows
 from harness.models import configure
 from harness.process import explain_out_of_memory, fail, say, stop_signals
@@ -26,11 +28,10 @@ from harness.process import explain_out_of_memory, fail, say, stop_signals
 ROOT = Path(__file__).parents[1]
 RUN = Namespace(batch_size=32, grad_accum=1, max_length=128, device="cpu")
 CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."
+FULL = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(CPU)]
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(CPU)]
-)
+@pytest.mark.parametrize("error", FULL)
 def test_out_of_memory_is_one_line_that_says_what_is_smaller(error, capfd):
     with pytest.raises(SystemExit) as stop, explain_out_of_memory(RUN):
         raise error
@@ -55,16 +56,17 @@ def test_other_errors_pass(capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("place", ["gradient", "score"])
-def test_a_run_that_needs_too_much(place, models, reviews, tmp_path, monkeypatch, capfd):
-    def full(*_, **__):
-        raise RuntimeError(CPU)
+PLACES = [(common, "gradient", "--batch_size 16"), (common, "score", "--eval_batch_size 16")]
+PLACES += [(lora, "LoRALinear", "a smaller --rank"), (qlora, "NF4Linear", "a smaller --model")]
 
-    monkeypatch.setattr(common, place, full)
-    line = [*rows_flags(models, reviews), "--max_steps", 1, "--out", tmp_path]
-    code, error = ended(capfd, lora, *line)
-    assert code == 1 and "out of memory on cpu" in error and not list(tmp_path.glob("*.json"))
-    assert ("--eval_batch_size 16; the trained weights are saved" in error) == (place == "score")
+
+@pytest.mark.parametrize("module, name, less", PLACES)
+def test_a_run_needs_too_much(module, name, less, models, reviews, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(module, name, mock.Mock(side_effect=RuntimeError(CPU)))
+    line = [*rows_flags(models, reviews), "--max_steps", 1]
+    code, error = ended(capfd, qlora if module is qlora else lora, *line, "--out", tmp_path)
+    assert code == 1 and f"out of memory on cpu; these need less: {less}" in error
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_a_second_signal_stops_at_once_and_handlers_are_handed_back(capfd):

@@ -82,8 +82,7 @@ def test_measurements_beside_the_results_are_shown(gpu, tmp_path):
     assert "| HiRA | 131 (96.9 to 166) | 394 (291 to 497) |" in text  # 0.25 and 0.8 s a step
     assert "| LoRA | merged | 1 (1 to 1) | 2.6 (2.6 to 2.6) | 128 (128 to 128) |" in text
     assert ("not measured, because no GPU ran" in text) != gpu
-    hours = " 0.375 (0.312 to 0.438) | 0.75 (0.625 to 0.875) |"  # of one seed, and of both
-    assert f"|{2 * hours if gpu else hours}\n" in text  # and then GPU hours and their price
+    assert text.count(" 0.375 (0.312 to 0.438) | 0.75 (0.625 to 0.875) |") == 1 + gpu
 
 
 @pytest.mark.parametrize("change", [{"model": "other"}, {"run_steps": 500}, {"dataset": "imdb"}])
@@ -116,8 +115,7 @@ def test_runs_with_timing_are_shown_with_a_sentence_on_drift(device, tmp_path):
     row = next(line for line in text.splitlines() if line.startswith("| HiRA")).split(" | ")
     assert row[1:4] == ["90 (75 to 105)", "90 (75 to 105)", "120 (100 to 140)"]
     assert row[5] == "0.75 (0.625 to 0.875)"  # to LoRA at the same seed
-    assert row[6].startswith("0.075")  # hours of three learning rates
-    assert row[7].startswith("0.15 ")  # and of two seeds
+    assert row[6].startswith("0.075") and row[7].startswith("0.15 ")  # hours of one seed, of both
     assert ("| LoRA | merged | 10 (10 to 10) | 11 (11 to 11) | 320 (320 to 320) |") in text
     assert (len(row) == 10) == ("GPU hours of tuning" in text) == device.startswith("cuda")
     text = costs_of(tmp_path, "--price", "2") if device.startswith("cuda") else ""
