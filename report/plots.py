@@ -83,6 +83,19 @@ def name_rows(axes, rows):
     axes.set_ylim(len(rows) - 0.4, -0.6)
 
 
+def headline(group):
+    """The verdicts on LoRA and each other tested method, as a title."""
+    lora, others = group.lora.label, {}
+    for pair in (pair for pair in group.pairs if lora in (pair.a, pair.b)):
+        behind = pair.verdict == "better" and pair.ahead != lora
+        verdict = "worse" if behind else pair.verdict
+        others.setdefault(verdict, []).append(pair.b if pair.a == lora else pair.a)
+    words = {"better": "better than", "worse": "worse than", "equal": "equal to"}
+    words["undecided"] = "not told apart from"
+    parts = [f"{words[x]} {tables.listing(others[x])}" for x in words if x in others]
+    return f"{lora} is {'; '.join(parts)}" if parts else f"Difference from {lora}"
+
+
 def forest(group, path):
     """Difference from LoRA: mean, intervals over seeds and over both, a dot per seed, margin."""
     rows = [row for row in group.rows if row.run.method != "head_only"]  # that is far away
@@ -93,7 +106,7 @@ def forest(group, path):
     note = "Thick line: 95 % interval over seeds; thin: over test examples, too; dots: seeds; "
     margin = tables.amount(group, f"{group.margin:g}")
     note += f"gray: within the margin of {margin}."
-    with canvas(path, "Difference from LoRA", group, note, 0.8 + 0.42 * len(pairs)) as figure:
+    with canvas(path, headline(group), group, note, 0.8 + 0.42 * len(pairs)) as figure:
         axes = figure.subplots()
         axes.axvspan(-group.margin, group.margin, color=FAINT, lw=0)
         axes.axvline(0, color=LOOKS["lora"][0], lw=1.5)

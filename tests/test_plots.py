@@ -54,7 +54,7 @@ def test_the_forest_shows_mean_intervals_seeds_and_margin(group, figures, tmp_pa
     band = axes.patches[0]
     assert (band.get_x(), band.get_width()) == (-1, 2)
     title, note = (text.get_text().replace("\n", " ") for text in figures[0].texts)
-    assert title == "Difference from LoRA"
+    assert title == "LoRA is worse than HiRA; equal to QLoRA; not told apart from Sparse LoRA"
     assert "gray: within the margin of 1 point" in note
 
 
