@@ -103,7 +103,8 @@ def forest(group, path):
     pairs = {row: pair for row, pair in pairs.items() if pair and pair.each}
     if not pairs:
         return None
-    note = "Thick line: 95 % interval over seeds; thin: over test examples, too; dots: seeds; "
+    note = "Thick line: 95 % interval over seeds; thin: another one, over seeds and test examples; "
+    note += "dots: seeds that both methods ran; "
     margin = tables.amount(group, f"{group.margin:g}")
     note += f"gray: within the margin of {margin}."
     with canvas(path, headline(group), group, note, 0.8 + 0.42 * len(pairs)) as figure:
@@ -119,7 +120,7 @@ def forest(group, path):
             text = f"{pair.mean:+.2f}".replace("-", "−")
             axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center")
         name_rows(axes, list(pairs))
-        unit = "percent of the perplexity (left is better)"
+        unit = "percent of LoRA's perplexity (left is better)"
         if group.task == "classification":
             unit = "points of accuracy (right is better)"
         axes.set_xlabel(f"minus LoRA, in {unit}")
@@ -197,17 +198,19 @@ def training_time(group, path):
         return None
     seconds = [np.quantile(measured[row.label]["run_seconds"], QUARTILES) for row in rows]
     low, middle, high = np.transpose(seconds)
-    title, score = "Seconds to train once, and the test score", tables.SCORES[group.task]
-    note = f"Bar: median of the rounds or seeds; line: quartiles; number: {score}."
+    score = tables.SCORES[group.task].removesuffix(", %")
+    title = f"Seconds to train once; behind each bar the test {score}"
+    note = "Bar: median; line: quartiles."
     with canvas(path, title, group, note, 0.8 + 0.36 * len(rows)) as figure:
         axes, colors = figure.subplots(), [look(row)["color"] for row in rows]
         axes.barh(range(len(rows)), middle, color=colors, height=0.62)
         error = [middle - low, high - middle]
         axes.errorbar(middle, range(len(rows)), xerr=error, fmt="none", ecolor=INK, capsize=4)
         for y, row in enumerate(rows):
-            axes.text(high[y] + max(high) / 100, y, f"{row.score:.2f}", va="center")
+            text = f"{row.score:.2f} %" if group.task == "classification" else f"{row.score:.2f}"
+            axes.text(high[y] + max(high) / 100, y, text, va="center")
         name_rows(axes, rows)
-        axes.set_xlim(right=1.12 * max(high))
+        axes.set_xlim(right=1.15 * max(high))
         axes.set_xlabel("seconds per tuned run")
     return f"Training time and score, {group.title}"
 

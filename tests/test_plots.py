@@ -100,7 +100,7 @@ def test_perplexity_says_that_left_is_better(tmp_path, figures):
     (group,) = judged(tmp_path, *make_study({"lora": 0, "hira": 9}, lm=True))
     plots.forest(group, tmp_path / "forest.png")
     (axes,) = figures[0].axes
-    assert "percent of the perplexity (left is better)" in axes.get_xlabel()
+    assert "percent of LoRA's perplexity (left is better)" in axes.get_xlabel()
     assert axes.patches[0].get_width() == 4
 
 

@@ -65,7 +65,7 @@ def energy(words):
 def draw():
     """The energy of the picked channels by block."""
     numbers = load("channels")
-    title = "The paper's rank-8 SVD picks channels hardly better than chance here"
+    title = "The paper's rank-8 SVD picks hardly better than chance after block 1"
     note = (
         "Share of the energy that 10 % of a block's feed-forward channels hold; mean of 6 batches."
     )

@@ -96,10 +96,8 @@ def main():
 def draw():
     """Error of the layers' outputs over bits a weight, and the price in perplexity at block 64."""
     rows = load("formats")["rows"]
-    title = "NF4 rounds with the smallest error; in perplexity FP4 (E2M1) is level with it"
-    note = (
-        "Hollow: double quantization. Right: 95 % over test blocks; dots: other cuts into blocks."
-    )
+    title = "NF4 and FP4 (E2M1) cost the least perplexity; double quantization costs nothing"
+    note = "Hollow, dashed: with double quantization. Right: 95 % over test blocks."
     colors = COLORS["qlora"], COLORS["lora"], COLORS["hybrid"], INK, COLORS["hira"]
     looks = dict(zip(FORMATS, colors, strict=True))
     with picture("formats", title, note, 3.7, (1, 2), width=8.6) as (_, (left, right)):
@@ -111,16 +109,13 @@ def draw():
                 means = [sum(errors) / len(errors) for _, errors in points]
                 style = {"mfc": "none", "ls": "--"} if double else {}
                 left.plot([x for x, _ in points], means, marker="o", color=color, ms=5, **style)
-            for row in (row for row in own if row["size"] == 64):
+            for row in (row for row in own if row["size"] == 64 and not row["shift"]):
                 mean, low, high = row["perplexity, % more"]
                 place = y + (0.16 if row["double"] else -0.16)
-                if row["shift"]:
-                    right.plot(mean, place, ".", color=color, ms=5, alpha=0.6)
-                    continue
                 face = "none" if row["double"] else color
                 right.plot([low, high], [place, place], color=color, lw=1.6)
                 right.plot(mean, place, "o", color=color, mfc=face, ms=6)
-        left.set_xlabel("bits a weight (blocks of 128, 64, 32)")
+        left.set_xlabel("bits a weight (blocks of 128, 64, 32; colors as on the right)")
         left.set_ylabel("error of a layer's output, %")
         left.grid(axis="y")
         right.set_yticks(range(len(looks)), list(looks))

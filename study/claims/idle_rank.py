@@ -58,7 +58,7 @@ def draw():
     if not (RESULTS / "idle_rank.json").exists():
         return
     runs, ranks = load("idle_rank")["runs"], [str(rank) for rank in RANKS]
-    title = "A trained HiRA uses its high rank; a trained LoRA needs a low one"
+    title = "Cut to a low rank, LoRA keeps its accuracy and HiRA loses it; whole, they end level"
     note = "Updates of rank 8 (HiRA: W0 ⊙ rank 8), cut to a lower rank. A line is a seed."
     with picture("idle_rank", title, note, 3.6, (1, 2), width=8.6) as (_, (left, right)):
         for run in runs:

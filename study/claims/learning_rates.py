@@ -76,7 +76,7 @@ def draw():
     note = "Tuned on SST-2; bars: 95 % over seeds. Dashed: every method moves W as far as LoRA."
     with picture("learning_rates", title, note, 3.9, (1, 2), width=9.4) as (_, (left, right)):
         [start] = [row for row in rows if (row["method"], row["rank"]) == ("lora", 8)]
-        for row in rows:
+        for row in (*(row for row in rows if row is not start), start):  # LoRA on top
             mean, *ends = row["best lr"]
             color, label = COLORS[row["method"]], LABELS[row["method"]]
             left.plot([row["step"]] * 2, ends, color=color, lw=1, alpha=0.6)

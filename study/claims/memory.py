@@ -86,15 +86,15 @@ def draw():
     rows = load("memory")["rows"]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     title = "QLoRA saves memory where weights, not activations, fill it"
-    note = "Share of LoRA's peak memory that QLoRA saves in a training step (bf16, rank 8)."
+    note = "Computed: share of LoRA's peak memory that QLoRA saves in a training step (bf16)."
     with picture("memory", title, note, 4.0, (1, 2), width=8.6, sharey=True) as (figure, panels):
         for axes, again in zip(panels, (False, True), strict=True):
-            for batch_size, alpha in zip(BATCHES, (1, 0.6, 0.3), strict=True):
+            for batch_size, line in zip(BATCHES, ("s-", "o--", "^:"), strict=True):
                 tokens = batch_size * LENGTH
                 part = [r for r in rows if (r["tokens"], r["recomputed"]) == (tokens, again)]
                 saved = [100 * (1 - r["qlora GiB"] / r["lora GiB"]) for r in part]
-                style = {"color": COLORS["qlora"], "alpha": alpha, "label": f"{tokens:,} tokens"}
-                axes.plot([r["weights"] for r in part], saved, "s-", ms=5, **style)
+                style = {"color": COLORS["qlora"], "label": f"{tokens:,}"}
+                axes.plot([r["weights"] for r in part], saved, line, ms=5, **style)
             axes.axhline(0, color=INK, lw=1)
             axes.set_xscale("log")
             ticks = [next(r["weights"] for r in rows if r["shape"] == s) for s in shapes]

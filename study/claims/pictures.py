@@ -45,8 +45,8 @@ def trained(script, lr, look=None):
 
 def spectra():
     """LoRA and HiRA: the singular values of the trained update."""
-    title = "From equally many numbers: LoRA's update has 8 directions, HiRA's has all"
-    note = "Singular values of the first query layer's update after 100 steps, the largest = 1."
+    title = "With equally many weights: LoRA's update has 8 directions, HiRA's nearly all"
+    note = "Singular values of the first query layer's update after 100 steps; counted above 1e-4."
     with picture("method-rank", title, note, 2.9) as (_, axes):
         for script, lr, label in (
             (lora, "1.5e-3", "LoRA, rank 8"),

@@ -48,8 +48,9 @@ def draw():
     rows = tuned_rows(("lora-r8", *TRAINED.values()))
     trained = {start: difference(rows, name, "lora-r8")[0] for start, name in TRAINED.items()}
     trained = {start: percents for start, percents in trained.items() if percents}
-    title = "An adapter that starts from the error of the outputs undoes most of what 4 bits cost"
-    note = "Dotted line: without the 4 bits. Left is better. Bars: 95 % over test blocks or seeds."
+    title = "Before training, the output-aware start undoes most of what 4 bits cost"
+    note = "Dotted line: the fp32 weights. Left is better. Bars: 95 % over test blocks"
+    note += ", after training over seeds." if trained else "."
     parts = [(untrained, "untrained: perplexity above that of the fp32 weights, %")]
     parts += [(trained, "trained: perplexity above that of LoRA, %")] if trained else []
     size = {"width": 8.6 if trained else 6.8, "squeeze": False, "sharey": True}
