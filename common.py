@@ -239,7 +239,7 @@ def forward(base, batch):
     base.batch = batch
     types = {} if batch.types is None else {"token_type_ids": batch.types}
     logits = base.model(input_ids=batch.ids, attention_mask=batch.attention_mask, **types).logits
-    # OPT's classifier calls its decoder directly, so that the cut of the outputs is passed over.
+    # All positions come back where the cut was bypassed (OPT's classifier calls its decoder).
     if logits.ndim == 3 and logits.shape[:2] == batch.ids.shape:
         logits = logits.flatten(0, 1)[batch.output_positions]
     return logits.float().flatten(0, -2)
@@ -305,7 +305,7 @@ def train(run, data, base, method):
             if stop or history.diverged:
                 break
     if stop:
-        fail(f"stopped at step {step} of {total}; the same command continues", 128 + stop[0])
+        fail(f"stopped at step {history.step}; the same command continues", 128 + stop[0])
     history.laps += clock.read()
     method.peft = method.peft | method.finish()
     return history
@@ -430,7 +430,8 @@ class Scores(NamedTuple):
 def score(run, data, base, split, name):
     """One pass over a split, every example once, for any batch size and number of processes.
 
-    Returns Scores. A loss that is NaN or infinite counts as 20 nats, and its class as wrong.
+    Returns Scores. An example whose loss is NaN or infinite counts as wrong, and as 20 nats for
+    each scored token.
     """
     base.model.eval()
     targets, lengths = predicted_tokens(data, split, name), split.lengths
@@ -452,7 +453,7 @@ def score(run, data, base, split, name):
         dist.all_reduce(predicted)
     invalid = ~nll.isfinite()
     if invalid.any():
-        say(f"{name}: {invalid.sum():,} losses are NaN or infinite; these examples count as wrong")
+        say(f"{name}: {invalid.sum():,} examples have a loss of NaN or infinity and count as wrong")
         nll[invalid], predicted[invalid] = 20.0 * targets.counts.to(nll)[invalid], -1
     return Scores(nll.cpu(), targets.counts, predicted.cpu(), bool(invalid.any()))
 
@@ -609,7 +610,8 @@ def count_flops(run, data, base, method, steps):
     if works and method.tokens_together:
         firsts = np.cumsum([0, *map(len, steps[:-1])])
         middle = works[sorted(firsts, key=lambda i: prices[i])[len(steps) // 2]]
-        per_step = meters.count_flops(model, middle) - meters.count_flops(model, middle)
+        first = meters.count_flops(model, middle)  # this one prepares the step
+        per_step = (first - meters.count_flops(model, middle)) * process_count()
     total = meters.fitted_flops(model, works, prices) + per_step * len(steps)
     step = total / max(1, len(steps))
     return {"step": step, "total": total, "inference_example": inference / len(lengths)}
@@ -620,10 +622,10 @@ def time_inference(run, data, base):
     """Latency of the longest test example, and of the 32 longest: base, merged and unmerged."""
     model, split, timings = base.model.eval(), data.test, []
     targets = predicted_tokens(data, split, "test")
-    merging = functools.partial(models.as_plain_linears, model, dtype=frozen_dtype(run))
-    states = {"base": lambda: merging(merged=False)}
+    plain = functools.partial(models.as_plain_linears, model, dtype=frozen_dtype(run))
+    states = {"base": lambda: plain(merged=False)}
     if models.stand_ins(model):
-        states |= {"merged": lambda: merging(merged=True), "unmerged": contextlib.nullcontext}
+        states |= {"merged": lambda: plain(merged=True), "unmerged": contextlib.nullcontext}
     for size in (1, 32):
         examples = split.lengths.argsort(descending=True, stable=True)[:size]
         batch = collate(data, split, examples, targets).to(run.device)

@@ -30,7 +30,7 @@ from report.results import (
 )
 
 SEEDS = 6  # at least as many are needed for a verdict
-NEIGHBORS = 30  # groups of running text; study/article_noise.py compares them with articles
+TEXT_GROUPS = 30  # of neighboring test blocks; study/article_noise.py compares with articles
 REPEATS = ("full_data", "longer")  # beginnings of file names, as in study/run.sh
 
 
@@ -60,7 +60,7 @@ def combined_error(squared, n, m):
 
 
 def two_sided(mean, error, df):
-    """p of Student's t-test that a mean is zero; where nothing varies 0, and 1 for zero itself."""
+    """p of Student's t-test that a mean is 0; with an error of 0 it is 0, or 1 if the mean is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.nan_to_num(2 * stats.t.sf(np.abs(mean) / error, df), nan=1.0)
 
@@ -106,11 +106,11 @@ def detectable(squared, n, m, alpha, studies=20_000):
 
 
 def group_neighbors(d):
-    """d (n, m blocks of running text) as (n, at most NEIGHBORS groups), with the same mean.
+    """d (n, m blocks of running text) as (n, at most TEXT_GROUPS groups), with the same mean.
 
     Neighboring blocks are of one article, so they are not independent examples.
     """
-    m, count = d.shape[1], min(d.shape[1], NEIGHBORS)
+    m, count = d.shape[1], min(d.shape[1], TEXT_GROUPS)
     return np.add.reduceat(d, np.arange(count) * m // count, axis=1) * (count / m)
 
 
@@ -118,13 +118,15 @@ def common_lrs(by_seed):
     """Of {seed: {lr: run}} the learning rates that count, and the seeds that have them all.
 
     First they leave enough seeds for a verdict, then they use most runs: so neither an extra
-    learning rate at one seed nor an unfinished seed takes the verdict away.
+    learning rate at one seed nor an unfinished seed takes the verdict away. A single learning rate
+    counts only where most seeds have no other: else it is a search that has not ended.
     """
+    fixed = sum(len(by_lr) == 1 for by_lr in by_seed.values()) > len(by_seed) / 2
     counts, grids = Counter(lr for by_lr in by_seed.values() for lr in by_lr), []
     for least in set(counts.values()):
         lrs = sorted(lr for lr, count in counts.items() if count >= least)
         seeds = sorted(seed for seed, by_lr in by_seed.items() if by_lr.keys() >= set(lrs))
-        enough = min(len(seeds), SEEDS) if len(lrs) > 1 else 0
+        enough = min(len(seeds), SEEDS) if len(lrs) > 1 or fixed else 0
         grids.append((enough, len(lrs) * len(seeds), lrs, seeds))
     return max(grids)[2:]
 

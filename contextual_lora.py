@@ -39,7 +39,7 @@ from harness.store import load_adapter, save_result
 from plan import plan
 
 CANDIDATES = 1024  # tokens at the start of a batch that a sample is drawn from
-SAMPLED = 256  # tokens in the sample (study/claims/channel_energy.py: 64 to all, beside the cost)
+SAMPLED = 256  # tokens in the sample; study/claims/channel_energy.py compares other sizes
 
 
 def add_args(parser):
@@ -91,7 +91,7 @@ def estimated_scores(x, factors, biases, act):
 
 
 def layer_sparsity(layer, layers, sparsity, dense):
-    """The fraction left out: none in the first `dense` layers, half in the last (GLUE's map)."""
+    """The fraction left out: 0 in the first `dense` layers, half of `sparsity` in the last."""
     return 0.0 if layer < dense else sparsity / 2 if layer == layers - 1 else sparsity
 
 

@@ -9,11 +9,11 @@ Paper: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arX
 A and B are r·(in + out) numbers instead of in·out. B starts at zero, so that training starts from
 the unchanged model. A starts at random: were it zero too, neither would ever get a gradient. In the
 first step A's gradient, which passes through B, is zero, and only B moves. The factor α/r is there
-so that another rank needs no other learning rate (section 4.1). A and B are saved as in PEFT. Added
-to W0, "merged", they are one matrix again, and inference costs what it cost before.
+so that another rank needs less tuning of the learning rate (section 4.1). Added to W0, "merged",
+the update is one matrix with it, and inference costs what it cost before.
 
 Departures from the paper: A starts Kaiming-uniform, as in the authors' loralib, not Gaussian; α is
-16 at every rank, where PEFT's default is 8; dropout, off by default, acts on the adapter's input.
+16 at every rank, not the first rank that was tried; dropout, off by default, acts on the input.
 """
 
 import harness  # noqa: F401, I001 - first, so that Ctrl-C while importing prints one line

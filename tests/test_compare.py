@@ -548,8 +548,8 @@ def two(hira=0, **options):
 
 
 def edges(seeds):
-    best = {"metrics": {"dev": {"accuracy": 0.9}}}
-    return changed(two(), best, method="hira", lr=4e-3, seed=seeds)
+    best = {"dev": {"accuracy": 0.9}}
+    return changed(two(), {"metrics": best}, method="hira", lr=4e-3, seed=seeds)
 
 
 def low(gain, lm):
@@ -571,13 +571,14 @@ def other_examples(method, **where):
 EXTRA = [make_result("hira", seed, 8e-3, correct=[1] * 400, dev=0.99) for seed in range(5)]
 CASES = {  # results, a caution or none, the verdict on LoRA and HiRA
     "nothing": (two(), None, "equal"),
+    "2.5 points lower": (low(-2.5, False), None, "undecided"),
     "two seeds at the edge": (edges([0, 1]), None, "equal"),
     "three seeds at the edge": (edges([0, 1, 2]), "was picked. HiRA: in 3 of 6 seeds.", "equal"),
     "one rate": (two(9, rates=(1e-3,)), "one learning rate was tried. LoRA: 0.001", "better"),
+    "one, and one more": (two(9, rates=(1e-3,)) + EXTRA[:1], "0.008 lacks seeds", "better"),
     "a rate at one seed": (two(9) + EXTRA[:1], "HiRA: learning rate 0.008 lacks seeds", "better"),
     "a rate at five seeds": (two(9) + EXTRA, "HiRA: learning rate 0.008 lacks seeds", "better"),
     "no whole seed": (two(seeds=7)[:-2], "HiRA: seed 6 lacks learning rates", "equal"),
-    "2.5 points lower": (low(-2.5, False), None, "undecided"),
     "4 points lower": (low(-4, False), "more than 3 points worse than the method", "undecided"),
     "5 % worse": (low(-2.5, True), None, "undecided"),
     "8 % worse": (low(-4, True), "than the method's median. LoRA: seed 1.", "undecided"),
