@@ -179,7 +179,7 @@ def difference(a, b, task, margin):
     d = np.array([a.picked[seed].values - b.picked[seed].values for seed in seeds])  # (n, m)
     pair.examples, d = d.shape[1], d if task == "classification" else group_neighbors(d)
     (n, m), mean, squared = d.shape, d.mean(), squared_errors(d)
-    if task == "classification":  # a share of m examples is known to one example at best
+    if task == "classification":  # accuracy moves in steps of 100/m: the error is one or more
         squared[1] = max(squared[1], (100 / m) ** 2)
     bound = margin_on_scale(margin, task)
     pair.p_seeds, pair.p, pair.equal = (x.item() for x in judge(mean, squared, n, m, bound))
