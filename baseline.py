@@ -3,7 +3,7 @@
 y = W0·x + b                      W0, b frozen; with --full they are trained
 
 python baseline.py --dataset sst2                       # head only: what an adapter has to beat
-python baseline.py --dataset sst2 --full --lr 1e-4      # every weight: what it is measured by
+python baseline.py --dataset sst2 --full --lr 1e-4      # every weight: what it tries to match
 """
 
 import harness  # noqa: F401, I001 - first, so that Ctrl-C while importing prints one line

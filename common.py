@@ -84,7 +84,7 @@ class Data(NamedTuple):
     train: Split
     dev: Split
     test: Split
-    official: int  # how many test examples are not held out from train; they come first
+    official: int  # how many test examples are the data set's own; --heldout ones follow
     description: dict  # its part of the result file
 
 
@@ -390,7 +390,7 @@ def evaluate(run, data, base):
     """Score dev and test; prints and returns {"metrics", "test_examples", "diverged"}.
 
     metrics: {split: accuracy, f1 (macro) and loss, or a scored token's mean loss and its exp, the
-    perplexity}; "official" leaves held-out examples out. test_examples: which are right, or each
+    perplexity}; "official" is without --heldout. test_examples: which are right, or each
     block's summed loss. diverged: whether a loss was NaN or infinite.
     """
     advice = f"--eval_batch_size {max(1, run.eval_batch_size // 2)}; the trained weights are saved"

@@ -1,10 +1,10 @@
 """Tune, pair, test, judge: which method is better, is the difference real, what does it cost?
 
-    python compare.py results/            verdicts, a table and the next step here; all in README.md
+    python compare.py results/            prints the verdicts; writes results/README.md
 
 For each seed and method the learning rate with the best dev score is picked, and that run's test
 score counts. Then every pair of the four methods is compared, paired by seed and by test example:
-accuracies in points, perplexities as ratios, in 100·ln(perplexity).
+accuracies in points, perplexities by differences of 100·ln(perplexity).
 """
 
 import argparse
@@ -300,8 +300,8 @@ def main(argv=None):
     parser.error, add = fail, parser.add_argument
     add("paths", type=Path, nargs="+", help="folders (their *.json and *.jsonl) or such files")
     add("--out", type=Path, help="folder for README.md and plots (default: the first path's)")
-    add("--margin", type=float, help="a small difference: points, or percent of the perplexity")
-    add("--price", type=float, help="of a GPU's hour: adds what the tuning on a GPU costs")
+    add("--margin", type=float, help="what counts as equal: points, or percent of the perplexity")
+    add("--price", type=float, help="price of a GPU's hour: adds what tuning on a GPU cost")
     add("--fill", type=Path, nargs="+", default=[], help="pages with <!-- table --> marks to renew")
     add("--no_plots", action="store_true", help="write the page without plots")
     args = parser.parse_args(argv)

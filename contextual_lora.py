@@ -11,7 +11,7 @@ The wide middle of a block's feed-forward layer has thousands of channels, and f
 them contribute little. In each training step every sliced block scores its channels on 256 random
 tokens from the batch's first examples (at most 1,024 tokens) and computes only the best ones,
 forward and backward. The LoRA branch stays dense, and so do the first steps, evaluation and
-merging. How a batch is cut into parts and the device do not change the channels; under torchrun
+merging. Neither the device nor how a batch is cut changes the channels; under torchrun
 each process picks for its own examples.
 
 Departures from the paper, which treats decoders of 7B weights and more: [CLS], or the masked tokens
@@ -55,7 +55,7 @@ def slicing_args(parser):
     add("--channel_sparsity", type=fraction, default=0.9, help=left_out)
     first = "This many first layers stay dense (default: half)."
     add("--dense_layers", type=count_or_zero, help=first)
-    dense = "scored: tokens whose output is used stay dense (no effect in a causal LM)."
+    dense = "scored: tokens whose output the loss reads stay dense, but not in a causal LM."
     add("--dense_tokens", choices=["scored", "none"], default="scored", help=dense)
     scores = "Score channels exactly on a sample of tokens, or by a rank-8 SVD."
     add("--estimator", choices=["sample", "svd"], default="sample", help=scores)
@@ -114,13 +114,13 @@ class StepState:
 
     def dense_positions(self, batch):
         """Flat positions of the batch's tokens that stay dense, or None."""
-        if self.run.dense_tokens == "none" or self.base.task == "clm":  # a causal LM uses them all
+        if self.run.dense_tokens == "none" or self.base.task == "clm":  # of a causal LM: all
             return None
         return batch.output_positions
 
     def sampled_positions(self):
         """Flat positions (T,) of the tokens to score channels on: drawn once a step, without dense
-        ones, from the first CANDIDATES tokens (the first pass has them: Method.tokens_together).
+        tokens, from the first CANDIDATES, which Method.tokens_together keeps in the first pass.
         """
         if self.run.plan:  # --plan's tensors have no values to look at
             return self.base.batch.token_positions[:SAMPLED]

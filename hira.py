@@ -7,9 +7,9 @@ Paper: Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptati
     python hira.py --dataset sst2 --rank 8
 
 Why the update is not low rank: with W0 = Σᵢ σᵢ·uᵢ·vᵢᵀ (r0 terms) and B·A = Σⱼ bⱼ·aⱼᵀ, W0 ⊙ B·A is
-the sum of r0·r rank-one terms σᵢ·(uᵢ⊙bⱼ)(vᵢ⊙aⱼ)ᵀ: from as many numbers as LoRA's an update of rank
-up to r0·r. The price is a gradient as large as W0 in each backward pass: three large products where
-LoRA has two. In bf16, or with --dropout, the update is a branch of its own: five.
+the sum of r0·r rank-one terms σᵢ·(uᵢ⊙bⱼ)(vᵢ⊙aⱼ)ᵀ: as many numbers as LoRA's give a rank up to r0·r.
+The price is a gradient as large as W0 in each backward pass: three large products where LoRA has
+two. In bf16, or with --dropout, the update is a separate branch, with five.
 
 Departures from the paper: its A and B are named the other way round; the learning rate is 2e-2, not
 1e-3 (a step is multiplied by |W0|, a few hundredths); --dropout is PEFT's, the authors have none.
@@ -32,7 +32,7 @@ from plan import plan
 def add_args(parser):
     """Add this method's flags and defaults."""
     adapter_args(parser)
-    parser.set_defaults(lr=[2e-2])  # nothing is divided by r and there is no α, as in the paper
+    parser.set_defaults(lr=[2e-2])  # a step is multiplied by |W0|, which is small; there is no α
 
 
 # -------------------------------------------------------------------------------------- the maths
@@ -80,7 +80,7 @@ class HadamardProduct(torch.autograd.Function):
 class HiRALinear(AdapterLayer):
     """A frozen linear layer `base` whose weight is multiplied by 1 + B·A (equation 6)."""
 
-    keys = {"A": "hira_A", "B": "hira_B"}  # its name in the saved adapter, as in PEFT
+    keys = {"A": "hira_A", "B": "hira_B"}  # their names when saved, as in PEFT
 
     def __init__(self, base, rank, dropout):
         super().__init__(base)
@@ -90,8 +90,8 @@ class HiRALinear(AdapterLayer):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        rows = self.dropout(x.flatten(0, -2))  # no view: models may change it in place
-        # Apart from the base where inputs differ, and in bf16, which would lose small updates.
+        rows = self.dropout(x.flatten(0, -2))  # outside: models may change a result in place
+        # A branch beside the base: dropout changes its input, and bf16 would round 1 + B·A to 1.
         if self.training and self.dropout.p or torch.is_autocast_enabled(x.device.type):
             y = HadamardProduct.apply(rows, self.base, self.A, self.B, hira_update)
             return self.base(x) + y.unflatten(0, x.shape[:-1])

@@ -48,7 +48,7 @@ def lora_update(x, A, B, scale):
 class LoRALinear(AdapterLayer):
     """A frozen linear layer `base` with a trained update beside it (equation 3)."""
 
-    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # its name in the saved adapter, as in PEFT
+    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # their names when saved, as in PEFT
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__(base)

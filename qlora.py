@@ -14,8 +14,8 @@ each product first rebuilds its weight, twice a step.
 Departures from the paper: LoRA sits on --targets (query and value, as in the other scripts, so that
 parameters are equal) where the paper adapts every linear layer; its 8-bit "FP8" is the authors' own
 dynamic map; the optimizer is plain AdamW unless --paged. A paged optimizer moves its state to CPU
-memory when the GPU's runs out, but bitsandbytes pages tensors of 100,000 numbers or more only: A
-and B of a layer 768 wide from rank 131 on, 4096 wide from rank 25. The code below packs the
+memory when the GPU's runs out, but bitsandbytes pages tensors of 100,000 numbers or more only:
+A and B from rank 131 on at a width of 768, from rank 25 on at 4096. The code below packs the
 weights; bitsandbytes' kernel unpacks them faster than ours, with the same values (--nf4_kernel).
 """
 
@@ -105,7 +105,7 @@ def quantize(weight):
 def quantize_scales(absmax):
     """Double quantization (section 3): absmax (n,) -> codes (n,), absmax2 (n/256,), offset ().
 
-    The scales are all positive: their mean is taken off before 256 at a time take 8 bits each.
+    The scales are all positive: their mean is subtracted, then groups of 256 get 8 bits each.
     """
     table, offset = tables(absmax.device)[1], absmax.mean()
     blocks = blocks_of(absmax - offset, 256)
@@ -162,7 +162,7 @@ class NF4Linear(StandIn):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x):
-        y = NF4Product.apply(x.flatten(0, -2), self)  # no view: models may change it in place
+        y = NF4Product.apply(x.flatten(0, -2), self)  # outside: models may change a result in place
         return y.unflatten(0, x.shape[:-1])
 
     def dequantized(self, dtype):
@@ -206,7 +206,7 @@ def lora_update(x, A, B, scale):
 class QLoRALinear(AdapterLayer):
     """A 4-bit linear layer `base` with a trained update beside it (equation 5)."""
 
-    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # its name in the saved adapter, as in PEFT
+    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # their names when saved, as in PEFT
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__(base)
@@ -230,7 +230,7 @@ class QLoRALinear(AdapterLayer):
 def find_kernel(run):
     """What unpacks: "bitsandbytes" where --nf4_kernel allows it and it is installed, or "torch".
 
-    --plan counts on tensors without values, which bitsandbytes' kernels cannot take.
+    --plan measures on tensors without values, which bitsandbytes' kernels cannot take.
     """
     if run.nf4_kernel == "torch" or run.plan:
         return "torch"

@@ -1,4 +1,4 @@
-"""Sparse LoRA: a LoRA adapter whose numbers become zero while it trains.
+"""Sparse LoRA: a LoRA adapter that is pruned while it trains.
 
     y = W0·x + b + (α/r)·B·A·x        A: (r, in)   B: (out, r)   W0, b frozen; A, B under masks
 
@@ -6,7 +6,7 @@
     python sparse_lora.py --dataset sst2 --structure rank   # half of all components (bᵢ, aᵢ)
 
 Paper: Zhu & Gupta 2017, "To Prune, or Not to Prune", arXiv 1710.01878: entries go by magnitude, on
-a cubic schedule (equation 1). --penalty shrinks them by an L1 penalty instead or as well, and
+a cubic schedule (equation 1). --penalty shrinks all entries, too (alone with --sparsity 0), and
 --structure rank removes whole components, so that the saved adapter is a smaller LoRA.
 
 Departures from the paper, which prunes whole networks: only the adapter is pruned, the schedule
@@ -61,7 +61,7 @@ def sparsity_at(step, total, final):
 
 
 def shrink(tensor, amount):
-    """The proximal step of an L1 penalty: all moves `amount` towards zero and stops there."""
+    """The proximal step of an L1 penalty: entries move `amount` towards zero and stop there."""
     return tensor.sign() * (tensor.abs() - amount).clamp(min=0)
 
 
@@ -85,7 +85,7 @@ def keep_components(norms, keep):
 class LoRALinear(AdapterLayer):
     """A frozen linear layer `base` with a trained update beside it (equation 3)."""
 
-    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # its name in the saved adapter, as in PEFT
+    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # their names when saved, as in PEFT
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__(base)
@@ -110,7 +110,7 @@ class LoRALinear(AdapterLayer):
 def prune_step(layers, step, total, lr, run):
     """After an optimizer step: shrink, renew the masks while the schedule climbs, apply them.
 
-    Masked entries stay masked: each mask is drawn among what the last one left.
+    Masked entries stay masked: each new mask keeps a part of the last one's entries.
     """
     now = sparsity_at(step, total, run.sparsity)
     climbing = now > sparsity_at(step - 1, total, run.sparsity)

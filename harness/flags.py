@@ -86,10 +86,10 @@ def shared_args(parser):
     add("--data_dir", default="data", help="Files are read from DIR/sst2 and so on, or the hub.")
     length = "Cut texts to this many tokens (default: 128; imdb and your own data 256; demos 64)."
     add("--max_length", type=count, help=length)
-    add("--train_samples", type=count, help="Train on this many examples, others at each seed.")
-    dev = "Take this many dev examples from the training split (default: a tenth, at most 500)."
+    add("--train_samples", type=count, help="Train on this many examples, a sample per seed.")
+    dev = "Choose by this many dev examples (default: a tenth of the training split, at most 500)."
     add("--dev_samples", type=count, help=dev)
-    add("--test_samples", type=count, help="Score this many test examples, equal for all seeds.")
+    add("--test_samples", type=count, help="Score this many test examples, the same at all seeds.")
     heldout = "Take this many further test examples from the training split."
     add("--heldout", type=count_or_zero, default=0, help=heldout)
 

@@ -83,7 +83,7 @@ def triplet_scores(lam, A, B):
 class AdaLoRALinear(AdapterLayer):
     """A frozen linear layer `base` with an update of r0 triplets beside it (equation 3)."""
 
-    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # its name in the saved adapter, as in PEFT
+    keys = {"A": "lora_A.weight", "B": "lora_B.weight"}  # their names when saved, as in PEFT
 
     def __init__(self, base, rank, alpha, dropout):
         super().__init__(base)

@@ -14,7 +14,7 @@ def formats():
         cells.append([row["format"], row["size"], f"{row['bits']:.2f}", *errors, more, versus])
     head = ["format", "block", "bits", "error of weights, %", "of outputs, %"]
     head += ["perplexity above fp32, %", "above NF4, %"]
-    verdicts = {"NF4 is better": [], "NF4 is worse": [], "this does not decide": []}
+    verdicts = {"NF4 is better": [], "NF4 is worse": [], "undecided": []}
     for row in (row for row in rows if not row["double"] and row["size"] == 64):
         if "% more than NF4" in row and not row["shift"]:
             word = decided(row["% more than NF4"], "NF4 is better", "NF4 is worse")
@@ -25,7 +25,7 @@ def formats():
         ends.setdefault(row["format"], []).extend(row["% more than single"][1:])
     moved = [f"{name} {min(x):+.2f} to {max(x):+.2f} %" for name, x in ends.items()]
     return (
-        f"{table(head, cells)}\n\n**In blocks of 64, by the distance of their perplexity from "
+        f"{table(head, cells)}\n\n**In blocks of 64, compared by perplexity with "
         f"NF4's:** {words}.\n\n"
         "**Double quantization saves 0.37 bits a weight in blocks of 64 and changes the perplexity "
         f"by** (widest ends of the intervals) {', '.join(moved)}."
@@ -61,7 +61,7 @@ def channels():
         parts = [100 * mean(a / b for a, b in zip(way, best, strict=True)) for way in others]
         lines.append([word, f"{100 * min(best):.0f} to {100 * max(best):.0f}"])
         lines[-1] += [f"{part:.0f}" for part in parts]
-    head = ["", "best choice, % of all energy", "our sample, % of the best", "rank-8 SVD", "chance"]
+    head = ["", "best choice, % of all energy", "% of the best: our sample", "rank-8 SVD", "random"]
     return table(head, lines)
 
 
@@ -75,7 +75,7 @@ def step_times():
         [f"{row['width']:,}", names[row["way"]], span(speed, "{:.2f}"), f"{1 / row['flops']:.2f}"]
         for row, speed in zip(rows, speeds, strict=True)
     ]
-    head = ["width", "method", "relative speed (quartiles), LoRA = 1", "if only operations counted"]
+    head = ["width", "method", "relative speed (quartiles), LoRA = 1", "predicted by operations"]
     faster = [
         f"{1 / row['time'][0]:.2f} at width {row['width']:,}"
         for row in rows

@@ -88,7 +88,7 @@ def span(values, pattern="{:+.2f}"):
 def decided(difference, above, below):
     """`above` or `below` for a difference [mean, low, high] beyond zero, else that it is open."""
     low, high = difference[1:]
-    return above if low > 0 else below if high < 0 else "this does not decide"
+    return above if low > 0 else below if high < 0 else "undecided"
 
 
 def mean(values):

@@ -75,7 +75,11 @@ def learning_rates():
                 to = f"{names[other['method']]}{' 8' * (other['method'] == method)}"
                 name = f"{names[method]}{f' {rank}' * (rank != 8)} / {to}, {dataset}, {base}"
                 lines.append([name, span(ratio, "{:.1f}"), guess])
-    head = ["best learning rates", "ratio (95 % over seeds)", "ratio if all steps were equally far"]
+    head = [
+        "best learning rates",
+        "ratio (95 % over seeds)",
+        "ratio if one step moved W equally far",
+    ]
     full, hira = (next(line for line in lines if line[0].startswith(f"{n}, sst2")) for n in RATIOS)
     points = [row for row in rows.values() if row["dataset"] == "sst2"]
     x = [math.log(row["step"]) for row in points]
@@ -87,5 +91,6 @@ def learning_rates():
         f"fine-tuning, and HiRA {hira[1]} times LoRA's.** If the size of a step were all that "
         f"counts, these would be {full[2]} and {hira[2]}. Over the {len(points)} methods and ranks "
         "the best learning rate falls with the step's size to the power "
-        f"{-slope:.2f}; that explanation wants 1. So it gives the direction, not the size."
+        f"{-slope:.2f}. If the size of a step explained everything, this power would be 1. So it "
+        "explains which learning rates are higher, and not by how much."
     )
