@@ -222,7 +222,8 @@ def trained_run(folder):
 
 def refuse_contradictions(args, recorded):
     """End the program where a flag, or the data, is not what the adapter's result file says."""
-    files = recorded["data files"] and files_sha256(args.dataset, args.data_dir)
+    files = recorded["data files"]  # without a hash of its own a data set cannot be compared
+    files = files and (files_sha256(args.dataset, args.data_dir) or files)
     flags = settings(args) | {"seeds": args.seeds, "lr": args.lr, "data files": files}
     if differ := differences(recorded, {key: flags.get(key, recorded[key]) for key in recorded}):
         advice = "for test scores on other data copy the folder away from that file"

@@ -86,9 +86,11 @@ def read_result(path):
 
 @functools.cache
 def files_sha256(dataset, data_dir):
-    """The hash of the names and bytes of a data set's files; the same for all that have none."""
+    """The hash of the names and bytes of a data set's files; "" where it has none of its own."""
     folder, digest = Path(data_dir) / dataset if dataset in HUB else Path(dataset), hashlib.sha256()
-    splits = find_files(f"--dataset {dataset}", dataset, data_dir) if folder.exists() else {}
+    if not folder.exists():  # the demo's, or the hub's
+        return ""
+    splits = find_files(f"--dataset {dataset}", dataset, data_dir)
     for file in (file for files in splits.values() for file in files):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()
@@ -125,7 +127,8 @@ def finished(run):
             fail(f"{run.path} is not a complete result file; --force replaces it")
         files = files_sha256(run.dataset, run.data_dir)
         new = decisive(run.settings, run.lr, process_count(), files)
-        files = result["data"].get("files_sha256", files)  # results of earlier versions have none
+        # The hub's files have no hash, nor have the results of earlier versions.
+        files = files and (result["data"].get("files_sha256") or files)
         processes = result["environment"].get("processes")
         old = decisive(result["settings"], result.get("lr"), processes, files)
         if differ := differences(old, new):

@@ -134,7 +134,7 @@ def test_plots_of_costs_show_the_medians_and_the_scores(tmp_path, monkeypatch):
     tests = [np.mean([r["metrics"]["test"]["accuracy"] for r in made[i : i + 6]]) for i in (0, 6)]
     lora, hira = (100 * x for x in tests)
     assert [bar.get_width() for bar in bars.patches] == pytest.approx([225, 393.75])
-    assert [text.get_text() for text in bars.texts] == [f"{lora:.2f}", f"{hira:.2f}"]
+    assert [text.get_text() for text in bars.texts] == [f"{lora:.2f} %", f"{hira:.2f} %"]
     assert has(left, [[225, lora]]) and has(left, [[393.75, hira]])
     assert has(right, [[2, lora]]) and has(right, [[1, hira]])
     text = (tmp_path / "README.md").read_text()
